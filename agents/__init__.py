@@ -1,4 +1,4 @@
-"""Agents for the text-generation environment, and `make`, which knows them by name."""
+"""Agents for the text-generation environment; `make` creates them by name."""
 
 from mbrl_text_env._lazy import attach
 

@@ -1,6 +1,6 @@
-"""What an agent is: a search for a complete response, from any state, under a budget.
+"""The base class of agents: search for a complete response from any state, under a budget.
 
-An agent implements `search`, a coroutine; `agents.driver` runs many of them side by side.
+An agent implements the coroutine `search`; `agents.driver` runs many searches concurrently.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from mbrl_text_env.types import (
 Prompts: TypeAlias = str | Prompt | Iterable[str | Prompt]
 _Begun: TypeAlias = list[tuple[TextState, Ledger]]
 
-# The article draws complete responses at this temperature.
+# The article samples complete responses at this temperature.
 DEFAULT_PARAMS = SamplingParams(temperature=0.7)
 
 
@@ -54,8 +54,8 @@ DEFAULT_PARAMS = SamplingParams(temperature=0.7)
 class Completion:
     """A complete response.
 
-    `logprobs` are in nats, one for each token that the search added (none where unknown); `score`
-    is the reward model's, with its `parts` by name (None where it was not asked).
+    `logprobs` (nats) has one entry per token that the search added; it is empty if they are
+    unknown. `score` and `parts` come from the reward model; `score` is None if not requested.
     """
 
     state: TextState
@@ -66,7 +66,7 @@ class Completion:
 
 @dataclass(frozen=True)
 class Decision:
-    """What to do in a state: the chunk that begins the completion found, and what it cost."""
+    """What to do in a state: the first chunk of the completion found, and the compute used."""
 
     chunk: Chunk
     completion: Completion
@@ -75,7 +75,7 @@ class Decision:
 
 @dataclass(frozen=True)
 class Generation:
-    """An agent's answer to a prompt: its completion, decoded as `text`, and what it cost."""
+    """An agent's answer to a prompt: the completion, its decoded `text`, and the compute used."""
 
     prompt: Prompt
     completion: Completion
@@ -87,10 +87,10 @@ class Generation:
 
 @dataclass(frozen=True)
 class Choice:
-    """Which of several chunks to append, and what the choice cost.
+    """The index of the chunk to append, and the compute used to choose it.
 
-    `completions` holds the complete response found behind each chunk; None where none was looked
-    for, because the budget did not allow it or the agent does not need it.
+    `completions` holds the complete response found after each chunk. An entry is None if there was
+    no search, because the budget did not allow it or the agent does not need it.
     """
 
     index: int
@@ -102,15 +102,15 @@ class Choice:
 class Agent(ABC):
     """Searches for the best complete response that its budget allows.
 
-    A subclass gives itself a `name` and implements `search`. One with options of its own is a
-    `@dataclass(eq=False, kw_only=True)`.
+    A subclass sets `name` and implements `search`. A subclass with its own options is decorated
+    with `@dataclass(eq=False, kw_only=True)`.
 
     Args:
-        reward_model: Scores complete responses: whatever `as_reward_model` takes, such as a reward
-            model, a function of two texts, or a name; None for agents that ask for no score.
-        max_response_tokens: Token limit of a response.
-        chunk_tokens: Most tokens of the chunk that `act` returns.
-        params: How tokens are drawn.
+        reward_model: Scores complete responses. Anything that `as_reward_model` accepts: a reward
+            model, a function of two texts, or a name. None for agents that need no scores.
+        max_response_tokens: Maximum number of tokens in a response.
+        chunk_tokens: Maximum number of tokens in the chunk that `act` returns.
+        params: Sampling parameters.
 
     Example:
         >>> class Greedy(Agent):
@@ -138,7 +138,7 @@ class Agent(ABC):
             if inspect.isfunction(own) and not inspect.iscoroutinefunction(own):
                 raise TypeError(
                     f"{cls.__name__}.{method}: expected a coroutine, got a plain function. Write "
-                    f"`async def {method}({signature})` and await what it asks for, of one state: "
+                    f"`async def {method}({signature})` and await calls for a single state: "
                     "`search.expand(...)`, `self.complete(state, ...)`, `self.scored(...)`."
                 )
 
@@ -151,19 +151,19 @@ class Agent(ABC):
     async def search(self, state: TextState, ledger: Ledger, seed: int) -> Completion:
         """Find a complete response from a state that has not ended.
 
-        It awaits `complete`, `scored` and `ask` alone. The ledger affords one complete response.
-        All randomness follows from the seed, the state and the sample index.
+        It can only await `complete`, `scored` and `ask`. The ledger has enough budget for one
+        complete response. All randomness is derived from the seed, state and sample index.
         """
 
     def generate(
         self, prompts: Prompts, budget: Budget | None = None, *, seed: int = 0
     ) -> list[Generation]:
-        """Answer prompts, all of them side by side in common batches.
+        """Answer prompts concurrently, with batched model calls.
 
-        A text stands for the prompt of a user who says that; the budget is each prompt's.
+        A string is treated as a user message. The budget applies to each prompt separately.
 
         Raises:
-            BudgetError: The budget allows no complete response.
+            BudgetError: The budget is too small for one complete response.
         """
         begun = self._begun(prompts, budget)
         return self._generations(begun, run(*self._searches(begun, seed)), seed)
@@ -176,10 +176,10 @@ class Agent(ABC):
         seed: int = 0,
         driver: Driver | None = None,
     ) -> list[Generation]:
-        """`generate` that awaits each batch, so that an event loop goes on; cancelling ends it.
+        """Async version of `generate`. It yields to the event loop and can be cancelled.
 
-        Models other than language models are called in a thread, one at a time. Calls with the same
-        `driver` are answered in common batches, whenever they begin.
+        Models other than language models run in a thread, one call at a time. Concurrent calls
+        that share a `driver` are batched together, even if they start at different times.
         """
         begun = self._begun(prompts, budget)
         searches, most = self._searches(begun, seed)
@@ -189,12 +189,12 @@ class Agent(ABC):
     def act(
         self, states: Sequence[TextState], budget: Budget | None = None, *, seed: int = 0
     ) -> list[Decision]:
-        """Decide on the next chunk of each state, with a budget for each decision.
+        """Choose the next chunk for each state. The budget applies to each decision.
 
-        The chunk has at most `chunk_tokens` tokens, the least `max_chunk_tokens` of an environment.
+        Chunks have up to `chunk_tokens` tokens, which must not exceed the env's `max_chunk_tokens`.
 
         Raises:
-            ValueError: A state has ended, or its response is as long as the agent's limit.
+            ValueError: A state has ended, or its response has reached the agent's token limit.
         """
         for state in states:
             if is_terminal(state):
@@ -204,8 +204,8 @@ class Agent(ABC):
             if self._room(state) < 1:
                 raise ValueError(
                     f"The response to prompt {state.prompt.id!r} has {len(state.response_ids)} "
-                    f"tokens, and agent {self.name!r} writes at most {self.max_response_tokens}. "
-                    "Make the agent with the environment's max_response_tokens."
+                    f"tokens, but agent {self.name!r} allows at most {self.max_response_tokens}. "
+                    "Create the agent with the environment's max_response_tokens."
                 )
         begun = [(state, Ledger(budget)) for state in states]
         found = run(*self._searches(begun, seed))
@@ -222,14 +222,14 @@ class Agent(ABC):
         *,
         seed: int = 0,
     ) -> list[Choice]:
-        """Choose one of the chunks that each state offers, as in the candidate view.
+        """Choose one of the candidate chunks of each state, as in the candidate-chunk environment.
 
-        Behind each candidate the agent searches for a complete response, with an equal share of the
-        decision's budget, and the chunk with the best one is chosen (the first of equals). Where
-        the budget does not allow all of them, those of highest log-probability a token are tried.
+        The agent searches for a complete response after each candidate, with an equal share of the
+        decision's budget, and chooses the candidate with the best one (the first if tied). If the
+        budget is too small for all candidates, it tries those with the highest mean token logprob.
 
         Raises:
-            BudgetError: The budget allows no complete response behind any candidate.
+            BudgetError: The budget is too small for a complete response after any candidate.
         """
         rows = zip(states, candidates, strict=True)
         plans = [_ChoicePlan(self, state, row, budget) for state, row in rows]
@@ -252,7 +252,7 @@ class Agent(ABC):
         first_sample: int = 0,
         params: SamplingParams | None = None,
     ) -> list[Completion]:
-        """Sample complete responses, unscored; a state that has ended is its own, for nothing."""
+        """Sample complete responses without scores. An ended state is returned at no cost."""
         room = self._room(state)
         if room == 0:
             return [Completion(state)] * num_samples
@@ -263,9 +263,9 @@ class Agent(ABC):
         return [Completion(transition(state, chunk, limit), chunk.logprobs) for chunk in chunks]
 
     async def scored(self, completions: Sequence[Completion], ledger: Ledger) -> list[Completion]:
-        """Completions with their scores; a ValueError where the agent has no reward model."""
+        """Return the completions with scores. Raise a ValueError if there is no reward model."""
         if self.reward_model is None:
-            raise ValueError(f"Agent {self.name!r} needs a reward model: pass one when making it.")
+            raise ValueError(f"Agent {self.name!r} needs a reward model: pass `reward_model`.")
         if not completions:
             return []
         scores = await ask(
@@ -281,7 +281,7 @@ class Agent(ABC):
         ]
 
     def check_budget(self, prompts: Sequence[Prompt], budget: Budget | None) -> None:
-        """Raise a BudgetError where a budget allows no response; refused prompts pass."""
+        """Raise a BudgetError if the budget is too small; skip prompts that the model rejects."""
         for prompt in prompts:
             try:
                 state = initial(prompt, self.language_model)
@@ -290,19 +290,19 @@ class Agent(ABC):
             self._check_affords(state, Ledger(budget))
 
     def response_usage(self, state: TextState) -> Usage:
-        """The most that one complete response from `state` is charged."""
+        """Upper bound on the usage charged for one complete response from `state`."""
         return self.language_model.usage_bound(len(prefix_of(state)), [self._room(state)])
 
     def response_limit(self, state: TextState) -> int:
-        """Most tokens of a response to the state's prompt."""
+        """Maximum number of tokens in a response to the state's prompt."""
         return response_limit(state, self.language_model, self.max_response_tokens)
 
     def _check_affords(self, state: TextState, ledger: Ledger) -> None:
         least = self.response_usage(state)
         if not ledger.affords(least):
             raise BudgetError(
-                f"{ledger.budget} is too small for one response to prompt {state.prompt.id!r}: it "
-                f"can take {least.generated_tokens} tokens, {least.flops:.3g} FLOPs and "
+                f"{ledger.budget} is too small for one response to prompt {state.prompt.id!r}, "
+                f"which can use {least.generated_tokens} tokens, {least.flops:.3g} FLOPs and "
                 f"{least.reward_calls} reward calls. Raise it or lower max_response_tokens."
             )
 
@@ -313,7 +313,7 @@ class Agent(ABC):
         return [(initial(prompt, self.language_model), Ledger(budget)) for prompt in prompts]
 
     def _searches(self, begun: _Begun, seed: int) -> tuple[list[Begin[Completion]], int]:
-        """What `run` is called with."""
+        """The arguments of `run`."""
         for state, ledger in begun:
             self._check_affords(state, ledger)
         most = self._most_at_once(begun[0][0], begun[0][1].budget) if begun else 1
@@ -329,11 +329,11 @@ class Agent(ABC):
         ]
 
     def _most_at_once(self, state: TextState, budget: Budget) -> int:
-        """Searches that are under way at a time."""
+        """Maximum number of concurrent searches."""
         return MOST_AT_ONCE
 
     def _room(self, state: TextState) -> int:
-        """Tokens that the response can still have; 0 where it has ended."""
+        """Tokens left for the response; 0 if it has ended."""
         room = self.response_limit(state) - len(state.response_ids)
         return 0 if is_terminal(state) else max(0, room)
 
@@ -345,7 +345,7 @@ class Agent(ABC):
 
 
 def best(completions: Sequence[Completion]) -> Completion:
-    """The scored completion with the highest score; the first of equals."""
+    """Return the scored completion with the highest score; the first if tied."""
     return max(completions, key=attrgetter("score"))
 
 
@@ -358,13 +358,13 @@ class _ChoicePlan:
         if is_terminal(state) or not candidates:
             raise ValueError(
                 f"choose, prompt {state.prompt.id!r}: expected a state that has not ended and at "
-                f"least one candidate, got finish_reason {state.finish_reason!r} and "
+                f"least one candidate, got finish_reason={state.finish_reason!r} and "
                 f"{len(candidates)} candidates."
             )
         self.agent, self.ledger = agent, Ledger(budget)
         limit = agent.response_limit(state)
         self.after = [transition(state, chunk, limit) for chunk in candidates]
-        # Equal candidates are looked at once.
+        # Duplicate candidates are searched once.
         self.first = [self.after.index(after) for after in self.after]
         means = [chunk.logprob / len(chunk) if chunk.logprobs else 0.0 for chunk in candidates]
         self.likely_first = sorted(sorted(set(self.first)), key=means.__getitem__, reverse=True)
@@ -377,13 +377,13 @@ class _ChoicePlan:
         for i in self.likely_first:
             if is_terminal(self.after[i]) and self.ledger.affords(bound * (len(ended) + 1)):
                 ended.append(i)
-        # A state that has ended is its own completion.
+        # An ended state needs no sampling.
         drawn = [await self.agent.complete(self.after[i], 1, self.ledger, 0) for i in ended]
         scored = await self.agent.scored([each for [each] in drawn], self.ledger)
         self.found.update(zip(ended, scored, strict=True))
 
     def shares(self) -> dict[int, Ledger]:
-        """An equal share of what is left for each candidate whose response can be finished."""
+        """Split the remaining budget equally among the candidates that can be completed."""
         going = [i for i in self.likely_first if not is_terminal(self.after[i])]
         left = self.ledger.budget.after(self.ledger.usage)
         while going and left is not None:
@@ -395,13 +395,13 @@ class _ChoicePlan:
             going.pop()
         if not self.found:
             raise BudgetError(
-                f"{self.ledger.budget} is too small for one response behind any of the "
+                f"{self.ledger.budget} is too small for one response after any of the "
                 f"{len(self.after)} candidates of prompt {self.after[0].prompt.id!r}. Raise the "
                 "budget or lower max_response_tokens."
             )
         return {}
 
     def choice(self) -> Choice:
-        """The candidate with the best response behind it."""
+        """Choose the candidate with the best response."""
         index = max(sorted(self.found), key=lambda i: self.found[i].score or 0.0)
         return Choice(index, tuple(self.found.get(i) for i in self.first), self.ledger.usage)

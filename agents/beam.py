@@ -1,4 +1,4 @@
-"""Searches that move partial responses on stage by stage: beams, adaptive ones, and particles."""
+"""Planners that extend partial responses in stages: beam search, adaptive and particle filter."""
 
 from __future__ import annotations
 
@@ -16,36 +16,36 @@ from mbrl_text_env.language_models.base import Guard, spawn_seed, stream, watche
 from mbrl_text_env.rewards.base import reward_bounds
 from mbrl_text_env.types import FloatArray, check_positive
 
-# Candidates a stage, or particles, where neither the caller nor a budget says how many.
+# Candidates per stage, or particles, if neither the user nor a budget sets them.
 _WITHOUT_BUDGET = 4
-# Candidates a stage of the adaptive search where no budget says how many.
+# Candidates per stage of the adaptive search if no budget sets them.
 _NARROW = 8
-# Values closer than this are the same.
+# Values that differ by less than this are equal.
 _SAME = 1e-9
-# Apart from the streams that chunks are drawn from.
+# Separates resampling from the random streams that sample chunks.
 _RESAMPLING = 5
 
 
 @dataclass(eq=False, kw_only=True)
 class BeamSearch(Planner):
-    """Stage by stage, draw candidate chunks after each beam and keep the best partial responses.
+    """Beam search over chunks: keep the best partial responses after each stage.
 
-    With `beam_width=1` this is blockwise best-of-K. With `subtrees` above 1 the beams are divided
-    among as many independent searches, so that one early favourite does not crowd out the rest.
+    With `beam_width=1` this is blockwise best-of-K. With `subtrees` above 1, the beams are divided
+    among independent searches, which prevents an early favourite from crowding out the rest.
 
     Sources: Mudgal et al., "Controlled Decoding from Language Models", 2024 (blockwise best-of-K);
     Snell et al., "Scaling LLM Test-Time Compute Optimally can be More Effective than Scaling Model
     Parameters", 2024 (beam search with a value); Beeching et al., "Scaling test-time compute with
     open models", 2024 (diverse verifier tree search, `subtrees`). Deviations: chunks have a fixed
-    number of tokens; responses that end leave the beam and are scored; the number of candidates
-    follows from the budget that is left, at every stage anew.
+    number of tokens; responses that end leave the beam and are scored; the number of candidates is
+    computed from the remaining budget at every stage.
 
     Args:
-        value_model: Ranks partial responses; without one they stay in the order of their drawing.
-        beam_width: Partial responses that are kept at a stage, all subtrees together.
-        candidates: Chunks drawn at a stage, all beams together; None as many as the budget allows
-            to the end of the response, or 4 without one.
-        subtrees: Independent searches, at most `beam_width`.
+        value_model: Ranks partial responses; without one they stay in sampling order.
+        beam_width: Partial responses kept at each stage, over all subtrees.
+        candidates: Chunks sampled per stage, over all beams. None uses as many as the budget allows
+            until the end of the response, or 4 without one.
+        subtrees: Number of independent searches, at most `beam_width`.
 
     Example:
         >>> planner = BeamSearch(lm, reward, value, beam_width=2)  # doctest: +SKIP
@@ -68,7 +68,7 @@ class BeamSearch(Planner):
             )
 
     async def plan(self, search: Search) -> None:
-        """One beam search from the root."""
+        """Run one beam search from the root."""
         await beam_search(
             search, self.chunk_tokens, self.beam_width, self.candidates, self.subtrees
         )
@@ -81,8 +81,8 @@ async def beam_search(
     candidates: int | None = None,
     subtrees: int = 1,
 ) -> None:
-    """One beam search from the root of a search; see `BeamSearch` for the numbers."""
-    # Of each subtree: its beams. At the start there is one, the root, and all share it.
+    """Run one beam search from the root of `search`; see `BeamSearch` for the arguments."""
+    # The beams of each subtree. All subtrees start from the root.
     frontiers: list[list[Node]] = [[search.tree.root]] * subtrees
     widths = shares(beam_width, subtrees)
     while any(frontiers):
@@ -99,7 +99,7 @@ async def beam_search(
 async def _drawn(
     search: Search, beams: Sequence[Node], total: int, chunk_tokens: int
 ) -> list[list[Node]]:
-    """The children of each beam, `total` of them shared equally."""
+    """Sample `total` chunks, split equally among the beams, and return each beam's children."""
     counts = shares(total, len(beams))
     asked = zip(beams, counts, strict=True)
     rows = iter(await search.expand(Expansion(b, n, chunk_tokens) for b, n in asked if n))
@@ -110,45 +110,45 @@ def _kept(search: Search, rows: Sequence[Sequence[Node]], width: int) -> list[No
     drawn = [node for row in rows for node in row]
     kept = search.ranked(drawn)[:width]
     for rank, node in enumerate(kept, start=1):
-        node.note = f"kept: number {rank} of {len(drawn)} candidates"
+        node.note = f"kept: rank {rank} of {len(drawn)} candidates"
     return kept
 
 
 def shares(total: int, count: int) -> list[int]:
-    """`total` in `count` parts that differ by at most 1, the larger ones first."""
+    """Split `total` into `count` parts that differ by at most 1, larger parts first."""
     each, more = divmod(total, count)
     return [each + (i < more) for i in range(count)]
 
 
 @dataclass(eq=False, kw_only=True)
 class Adaptive(Planner):
-    """Beam search that stays broad where the value cannot tell and narrows where it can.
+    """Beam search that keeps more beams if the value is uncertain and fewer if it is not.
 
-    A stage draws as many candidate chunks as the budget allows to the end of the response. Of n
-    candidates the best n / `candidates_per_beam` go on, and with them all whose value cannot be
-    told from that of the last one kept. Chunks are as short as pays, twice as long after a stage
-    whose candidates are all equal, and short again after one that tells.
+    Each stage samples as many candidate chunks as the budget allows until the end. Of n candidates,
+    the best n / `candidates_per_beam` are kept, and also all candidates within `margin` of the last
+    one kept. Chunks start as short as is cost-effective. They double in length after a stage in
+    which all candidates have equal values, and return to the start length after any other stage.
 
-    A partial response is given up when a complete one is known that is better than its mean by more
-    than `caution` + 2 standard deviations, or than the reward's bound. A reward that is a verifier
-    and has a bound is searched as by `Guarded`.
+    A partial response is dropped if the best complete response exceeds its mean value by more than
+    `caution` + 2 standard deviations, or if the reward's bound shows that it cannot do better. If
+    the reward is a verifier with a bound, the search is that of `Guarded`.
 
     Sources: Mudgal et al., "Controlled Decoding from Language Models", 2024 (blockwise choice);
     Snell et al., "Scaling LLM Test-Time Compute Optimally can be More Effective than Scaling Model
     Parameters", 2024 (beam width by the budget); Kidambi et al., "MOReL: Model-Based Offline
-    Reinforcement Learning", 2020 (pessimism by the model's uncertainty). The rule for what goes on
-    is this project's: successive elimination (Even-Dar et al., "Action Elimination and Stopping
-    Conditions", 2006) applied to the candidates of a stage.
+    Reinforcement Learning", 2020 (pessimism by the model's uncertainty). The rule for keeping
+    candidates is this project's: successive elimination (Even-Dar et al., "Action Elimination and
+    Stopping Conditions", 2006) applied to the candidates of a stage.
 
     Args:
-        value_model: Without its standard deviations `margin` and `caution` change nothing.
-        candidates_per_beam: Candidates for each beam that goes on for certain.
-        margin: Standard deviations within which values cannot be told apart; 0 or more.
-        caution: Partial responses are ranked by mean - `caution` x standard deviation; 0 or more.
-        target: The score at which the search ends, which then begins with single responses; None
-            for the whole budget, or a verifier's bound.
-        value_share: Most FLOPs spent on values, as a share of those spent on text.
-        shortest_chunk: Fewest tokens of a chunk; `chunk_tokens` is the most.
+        value_model: Ranks partial responses. `margin` and `caution` need its standard deviations.
+        candidates_per_beam: Candidates for each beam that is kept regardless of `margin`.
+        margin: Candidates within this many standard deviations are also kept; at least 0.
+        caution: Partial responses are ranked by mean - `caution` x standard deviation; at least 0.
+        target: Score at which the search ends; it then starts with single responses. None uses the
+            whole budget, or a verifier's bound.
+        value_share: Maximum FLOPs spent on values, as a fraction of those spent on sampling.
+        shortest_chunk: Minimum tokens per chunk; `chunk_tokens` is the maximum.
 
     Example:
         >>> planner = Adaptive(lm, reward, value, target=1.0)  # doctest: +SKIP
@@ -173,10 +173,10 @@ class Adaptive(Planner):
             raise ValueError(f"value_share: expected a number above 0, got {self.value_share}.")
         for name in ("margin", "caution"):
             if not (number := getattr(self, name)) >= 0:
-                raise ValueError(f"{name}: expected 0 or more, got {number}.")
+                raise ValueError(f"{name}: expected a number of at least 0, got {number}.")
 
     async def plan(self, search: Search) -> None:
-        """One search from the root to the end of the responses."""
+        """Run one search from the root to the end of the responses."""
         if (target := verifier_target(search, self.target)) is not None:
             await GuardedSearch(search, target).run()
             return
@@ -191,14 +191,14 @@ class Adaptive(Planner):
             size = shortest if self._tells(drawn) else min(2 * size, self.chunk_tokens)
 
     def _width(self, search: Search, node: Node, size: int) -> int:
-        """Candidates of a stage."""
+        """Number of candidates in a stage."""
         affordable = search.width(node, size)
         if affordable is None:
             return _NARROW
         return affordable if self.target is None else min(affordable, 1 << search.round)
 
     def _kept(self, search: Search, drawn: Sequence[Node], certain: int) -> list[Node]:
-        """The best `certain` candidates, and those that cannot be told from the last of them."""
+        """Keep the best `certain` candidates, and those within `margin` of the last of them."""
         ranked = sorted(self._hopeful(search, partial(drawn)), key=self._cautious, reverse=True)
         if not ranked:
             return []
@@ -206,8 +206,8 @@ class Adaptive(Planner):
         cut = self._cautious(last) - self.margin * last.std - _SAME
         kept = [node for node in ranked if self._cautious(node) >= cut]
         for rank, node in enumerate(kept, start=1):
-            told = "" if rank <= certain else ", not to be told from those before"
-            node.note = f"kept: number {rank} of {len(drawn)} candidates{told}"
+            told = "" if rank <= certain else ", within the margin of the last one"
+            node.note = f"kept: rank {rank} of {len(drawn)} candidates{told}"
         return kept
 
     def _hopeful(self, search: Search, nodes: Sequence[Node]) -> list[Node]:
@@ -228,7 +228,7 @@ class Adaptive(Planner):
         return not is_sure or value_of(node) + (self.caution + 2.0) * node.std >= score
 
     def _tells(self, drawn: Sequence[Node]) -> bool:
-        """Whether the value tells some of the candidates apart."""
+        """Whether the values of the candidates differ."""
         worths = [self._cautious(node) for node in partial(drawn)]
         return bool(worths) and max(worths) - min(worths) > _SAME
 
@@ -240,26 +240,26 @@ class Adaptive(Planner):
 class ParticleFilter(Planner):
     """Twisted sequential Monte Carlo over chunks.
 
-    Particles are partial responses. At each step every particle draws one chunk from the language
-    model and its weight is multiplied by exp((value after - value before) / `temperature`). When
-    the effective number of particles falls below half of them, and at the end, they are resampled.
-    What is sampled tends to the language model's distribution times exp(reward / `temperature`),
-    with `guarded=1` over the responses that reach the target; the answer is the best of them.
-    A node's visit count is the number of particles that have gone on from there, or ended there.
+    Particles are partial responses. At each step, every particle samples one chunk from the
+    language model, and its weight is multiplied by exp((value after - value before) /
+    `temperature`). Particles are resampled at the end, and whenever the effective sample size falls
+    below half their number. The sampled distribution approaches the language model's times
+    exp(reward / `temperature`); with `guarded=1` it is restricted to responses that reach the
+    target. The answer is the best of them. `Node.visits` counts the particles that passed through.
 
     Sources: Zhao et al., "Probabilistic Inference in Language Models via Twisted Sequential Monte
     Carlo", 2024 (the target and the twist functions); Puri et al., "A Probabilistic Inference
     Approach to Inference-Time Scaling of LLMs using Particle-Based Monte Carlo Methods", 2025 (the
     use as a search); Kitagawa, "Monte Carlo Filter and Smoother", 1996 (systematic resampling);
     Lipkin et al., "Fast Controlled Generation from Language Models with Adaptive Weighted Rejection
-    Sampling", 2025 (the weights under guard).
-    Deviation: the root has no value, so the first weights come from the values alone.
+    Sampling", 2025 (the weights with a guard).
+    Deviation: the root has no value, so the first weights depend on the first values only.
 
     Args:
-        particles: Their number; None as many as the budget allows, or 4 without one.
-        temperature: In units of the reward; small values follow the value more closely.
-        guarded: 1 for particles under guard (`Guard.weighted`), where the reward is a verifier with
-            a bound and the language model has guards.
+        particles: Number of particles. None uses the budget, or 4 without one.
+        temperature: In units of the reward. Low values follow the value more closely.
+        guarded: 1 to sample with a guard (`Guard.weighted`). It applies if the reward is a verifier
+            with a bound and the language model supports guards.
     """
 
     name = "particle-filter"
@@ -291,7 +291,7 @@ class ParticleFilter(Planner):
             if moved is None:
                 break
             gains = [_worth(new) - _worth(old) for old, new in zip(particles, moved, strict=True)]
-            # Of a particle that has ended, nothing is new.
+            # Ended particles did not change.
             steps = [
                 0.0 if old is new else new.step()[1].log_weight
                 for old, new in zip(particles, moved, strict=True)
@@ -303,7 +303,7 @@ class ParticleFilter(Planner):
             weights = np.exp(log_weights - log_weights.max())
             weights /= weights.sum()
             few = 1.0 / (weights**2).sum() < len(particles) / 2
-            # A particle that no way leads on from is not moved again.
+            # Resampling also replaces particles of weight 0, which cannot continue.
             few |= not np.isfinite(log_weights).all()
             if few or all(particle.is_terminal for particle in particles):
                 particles = [particles[i] for i in systematic(weights, rng.random())]
@@ -314,7 +314,7 @@ class ParticleFilter(Planner):
     async def _moved(
         self, search: Search, particles: list[Node], guard: Guard | None
     ) -> list[Node] | None:
-        """Each particle after one more chunk; None where the budget does not allow all of them."""
+        """Extend each particle by one chunk; None if the budget does not allow it for all."""
         counts = Counter(particle for particle in particles if not particle.is_terminal)
         rows = await search.expand(
             Expansion(node, count, self.chunk_tokens, guard=guard) for node, count in counts.items()
@@ -326,9 +326,9 @@ class ParticleFilter(Planner):
 
 
 def systematic(weights: FloatArray, uniform: float) -> list[int]:
-    """Systematic resampling: n indices by weights float64[n] of sum 1, `uniform` in [0, 1)."""
+    """Systematic resampling: n indices for weights float64[n] with sum 1; `uniform` in [0, 1)."""
     places = (np.arange(len(weights)) + uniform) / len(weights)
-    # Rounding may leave the last sum a little below 1.
+    # Rounding can make the cumulative sum end slightly below 1.
     found = np.searchsorted(np.cumsum(weights), places, side="right")
     return [min(int(i), len(weights) - 1) for i in found]
 

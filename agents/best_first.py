@@ -1,4 +1,4 @@
-"""Best-first search over tokens: complete answers in the order of their probability, each once."""
+"""Best-first search over tokens: complete answers in order of decreasing probability, each once."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ from mbrl_text_env.rewards.base import reward_bounds, reward_usage_bound
 from mbrl_text_env.types import Chunk, FloatArray, Ledger, TextState, Usage, check_positive
 from mbrl_text_env.values import ValueModel
 
-# Answers where neither a budget nor a target ends the search.
+# Number of answers if neither a budget nor a target ends the search.
 _WITHOUT_BUDGET = 4
-# Twice what rounding moves a fraction such as 3 of 3.
+# Twice the rounding error of a fraction such as 3 of 3.
 _SAME = 1e-9
-# Keeps the perturbations apart from what else is drawn with the seed.
+# Separates the perturbations from other random streams of the seed.
 _PERTURBATION = 1
 _GREEDY = SamplingParams(temperature=0)
 _EXPANSION = Usage(generated_tokens=1)
@@ -47,29 +47,29 @@ _EXPANSION = Usage(generated_tokens=1)
 
 @dataclass(eq=False, kw_only=True)
 class BestFirst(Planner):
-    """Score complete answers in the order of their probability, each once, until one is right.
+    """Score complete answers in order of decreasing probability until one reaches the target.
 
-    The most probable prefix is expanded by its most probable next tokens, again and again; an
-    answer that has ended is scored when no prefix is more probable. It suits short answers: of long
-    ones there are too many prefixes. Probabilities are the language model's own, at temperature 1;
-    `params` are not used. An expansion counts as one generated token. Where a budget allows no
-    further one and nothing has ended yet, the deepest prefix that can be is finished greedily.
+    The most probable prefix is expanded with its most probable next tokens. An answer that has
+    ended is scored once no prefix is more probable. This suits short answers; long ones have too
+    many prefixes. Probabilities are the language model's at temperature 1; `params` is ignored. An
+    expansion counts as one generated token. If the budget runs out before any answer has ended, the
+    deepest prefix that the budget allows is finished greedily.
 
-    Prefixes whose bound is below the target, or not above the best score, are not expanded. With
-    `stochastic`, answers are a sample without replacement, for `expected_score`.
+    A prefix is not expanded if its bound is below the target, or not above the best score. With
+    `stochastic`, answers are sampled without replacement, for `expected_score`.
 
     Sources: Hart et al., "A Formal Basis for the Heuristic Determination of Minimum Cost Paths",
     1968 (without a heuristic); Kool et al., "Stochastic Beams and Where to Find Them", 2019.
-    Deviation from the latter: a priority queue instead of a beam, so that the sample's size need
-    not be known beforehand, as in Kool et al., "Ancestral Gumbel-Top-k Sampling", 2020.
+    Deviation from the latter: a priority queue replaces the beam, so the sample size need not be
+    known in advance, as in Kool et al., "Ancestral Gumbel-Top-k Sampling", 2020.
 
     Args:
-        n: Different answers that are scored; None takes as many as the budget allows, or 4.
-        target: The score that is good enough; None is the most that the reward's bound allows, and
-            no end of a stochastic search.
-        candidates: Next tokens of a prefix that are looked at, the most probable ones.
-        batch_size: Prefixes that are expanded in one call; some then needlessly.
-        expansions: Prefixes that are expanded where no cap on tokens, FLOPs or seconds says.
+        n: Number of distinct answers to score. None uses the budget, or 4 without one.
+        target: Score at which the search ends. None is the maximum that the reward's bound allows;
+            a stochastic search then has no target.
+        candidates: Number of most probable next tokens to consider per prefix.
+        batch_size: Prefixes to expand per call. Larger batches expand some needlessly.
+        expansions: Prefixes to expand if the budget caps neither tokens, FLOPs nor seconds.
 
     Raises:
         ValueError: The language model has no `next_tokens`, or a number is out of range.
@@ -102,13 +102,13 @@ class BestFirst(Planner):
         own = getattr(self.language_model, "next_tokens", None)
         if own is None or getattr(own, "__func__", None) is LanguageModel.next_tokens:
             raise ValueError(
-                f"{self.name}: expected a language model that gives its most probable next tokens "
+                f"{self.name}: expected a language model with most probable next tokens "
                 f"(`next_tokens`), such as `TransformersLM`, got "
                 f"{type(self.language_model).__name__}. Use another agent."
             )
 
     async def plan(self, search: Search) -> None:
-        """Score answers in order until one reaches the target or the budget allows no more."""
+        """Score answers in order until one reaches the target or the budget is exhausted."""
         if search.round:
             return
         frontier = _Frontier(search, bool(self.stochastic))
@@ -142,11 +142,11 @@ class BestFirst(Planner):
         await self._finished(search)
 
     def values(self) -> ValueModel | None:
-        """None: nothing is valued."""
+        """None: this planner uses no values."""
         return None
 
     def _most_probable(self, search: Search, frontier: _Frontier, target: float) -> list[_Entry]:
-        """The next prefixes to expand: those that come before any answer, dead ones left out."""
+        """Return the next prefixes to expand, up to the next answer, without dead ones."""
         found: list[_Entry] = []
         while frontier.entries and not frontier.begins_with_answer:
             if len(found) == self.batch_size:
@@ -169,7 +169,7 @@ class BestFirst(Planner):
             frontier.add(entry, node, tokens)
 
     async def _finished(self, search: Search) -> bool:
-        """Finish the deepest prefix that can be where there is no answer; whether one was."""
+        """If there is no answer, finish the deepest affordable prefix; return whether one was."""
         nodes = sorted(partial(search.tree.nodes), key=attrgetter("depth"), reverse=True)
         for node in nodes if search.tree.best() is None else ():
             [row] = await search.expand([Expansion(node, params=_GREEDY, valued=False)])
@@ -178,7 +178,7 @@ class BestFirst(Planner):
         return False
 
     def _affordable(self, search: Search, frontier: _Frontier, entries: Sequence[_Entry]) -> int:
-        """How many of the prefixes the budget allows to expand, with an answer after them."""
+        """Number of prefixes that the budget allows to expand, with an answer afterwards."""
         bounds = [self._expansion_bound(frontier.state(entry)) for entry in entries]
         kept = Usage()
         if entries and search.tree.best() is None:
@@ -189,16 +189,16 @@ class BestFirst(Planner):
         )
 
     def _expansion_bound(self, state: TextState) -> Usage:
-        """The most that an expansion is charged: nothing of its prefix may be kept any more."""
+        """Upper bound on the usage of an expansion, if no part of the prefix is cached."""
         return self.language_model.usage_bound(len(prefix_of(state)), []) + _EXPANSION
 
     @property
     def _only_samples(self) -> bool:
-        """Whether nothing is looked for: answers that are left out would bias an estimate."""
+        """Whether to estimate a mean without a target; skipping answers would then add bias."""
         return bool(self.stochastic) and self.target is None
 
     def _is_dead(self, search: Search, state: TextState, target: float) -> bool:
-        """Whether nothing that begins so reaches the target, or is better than what is known."""
+        """Whether no completion of the prefix can reach the target or improve the best score."""
         if self._only_samples:
             return False
         best = search.tree.best()
@@ -211,15 +211,15 @@ class BestFirst(Planner):
 
 
 def expected_score(tree: SearchTree) -> float:
-    """Estimate the mean score of the language model's answers from a search without replacement.
+    """Estimate the language model's mean score from a search without replacement.
 
-    It is unbiased where nothing but `n` ended the search of `BestFirst(..., stochastic=True, n=n)`
-    or pruned it, and `candidates` is the size of the vocabulary.
+    The estimate is unbiased if `BestFirst(..., stochastic=True, n=n)` ended because of `n` alone,
+    without pruning, and `candidates` equals the vocabulary size.
 
     Source: Kool et al., 2019, equation 15 (after Duffield et al., 2007, and Vieira, 2017).
 
     Raises:
-        ValueError: The tree has fewer than two answers, or they were not sampled.
+        ValueError: The tree has fewer than two answers, or the search was not stochastic.
 
     Example:
         >>> planner = BestFirst(lm, reward, stochastic=True, n=9)  # doctest: +SKIP
@@ -229,20 +229,20 @@ def expected_score(tree: SearchTree) -> float:
     found = [node for node in tree.complete() if node.perturbed is not None]
     if len(found) < 2:
         raise ValueError(
-            f"expected_score: expected two sampled answers at least, got {len(found)}. Search with "
+            f"expected_score: expected at least two sampled answers, got {len(found)}. Search with "
             "`BestFirst(..., stochastic=True, n=2)` or more."
         )
     found.sort(key=lambda node: node.perturbed or 0.0, reverse=True)
     kappa = found.pop().perturbed or 0.0
     logs = np.array([sum(node.logprobs()) for node in found])
     scores = np.array([node.score for node in found], dtype=np.float64)
-    # P(Gumbel(log p) > kappa), exact where it is tiny.
+    # P(Gumbel(log p) > kappa), accurate for tiny values.
     included = -np.expm1(-np.exp(logs - kappa))
     return float(np.sum(np.exp(logs) / included * scores))
 
 
 class _Entry(NamedTuple):
-    """A prefix that waits; the least comes first, of equals the one that came first."""
+    """A queued prefix. The lowest rank comes first; ties go to the earlier number."""
 
     rank: float  # minus the log-probability, perturbed or not
     number: int
@@ -253,7 +253,7 @@ class _Entry(NamedTuple):
 
 
 class _Frontier:
-    """The prefixes that wait, as a priority queue; those that are taken become nodes."""
+    """Priority queue of prefixes; a prefix becomes a node when it is taken."""
 
     def __init__(self, search: Search, stochastic: bool) -> None:
         self._search, self._seed = search, spawn_seed(search.seed, _PERTURBATION)
@@ -264,7 +264,7 @@ class _Frontier:
 
     @property
     def begins_with_answer(self) -> bool:
-        """Whether the first entry has ended."""
+        """Whether the first entry is a complete answer."""
         first, ends = self.entries[0], self._search.language_model.stop_token_ids
         if first.parent is None:
             return False
@@ -283,7 +283,7 @@ class _Frontier:
         return transition(entry.parent.state, self._chunk(entry), self._search.limit)
 
     def node(self, entry: _Entry) -> Node:
-        """The node of a prefix that is taken, which is new."""
+        """Create the node of a prefix that was taken from the queue."""
         if entry.parent is None:
             return self._search.tree.root
         node = self._search.tree.add(entry.parent, self._chunk(entry), self.state(entry))
@@ -292,7 +292,7 @@ class _Frontier:
         return node
 
     def add(self, entry: _Entry, node: Node, tokens: NextTokens) -> None:
-        """Push what a prefix is expanded by."""
+        """Push the expansions of a prefix."""
         own = np.array(tokens.logprobs, dtype=np.float64)
         logs = entry.logprob + own
         ranks = -(self._perturbed(entry, node, own) if self._stochastic else logs)
@@ -309,8 +309,8 @@ class _Frontier:
         return Chunk(ids, (entry.token_logprob,), reason)
 
     def _perturbed(self, entry: _Entry, node: Node, own: FloatArray) -> FloatArray:
-        """Perturbed log-probabilities of the children; the largest of all is their parent's."""
-        # Tokens that are no candidates take their share of the maximum: nothing else may.
+        """Perturbed log-probabilities of the children; their maximum is that of the parent."""
+        # Tokens outside the candidates also compete for the maximum.
         rest = max(0.0, 1.0 - float(np.exp(own).sum()))
         with np.errstate(divide="ignore"):
             locations = entry.logprob + np.append(own, np.log(rest))
@@ -319,7 +319,7 @@ class _Frontier:
 
 
 def conditioned(gumbels: FloatArray, highest: float) -> FloatArray:
-    """Independent Gumbel variables whose largest is `highest` (Kool et al., 2019, B.3)."""
+    """Independent Gumbel variables conditioned on their maximum (Kool et al., 2019, B.3)."""
     with np.errstate(divide="ignore", invalid="ignore"):
         gaps = highest - gumbels + np.log1p(-np.exp(gumbels - gumbels.max()))
     return np.asarray(highest - np.maximum(0.0, gaps) - np.log1p(np.exp(-np.abs(gaps))))
@@ -328,7 +328,7 @@ def conditioned(gumbels: FloatArray, highest: float) -> FloatArray:
 def _next_tokens(
     language_model: LanguageModel, k: int, states: Sequence[TextState], ledgers: Sequence[Ledger]
 ) -> list[NextTokens]:
-    """The most probable next tokens; an expansion counts as a generated token."""
+    """Return the most probable next tokens; an expansion counts as one generated token."""
     found = language_model.next_tokens(states, k, ledgers=ledgers)
     for ledger in ledgers:
         ledger.charge(_EXPANSION)

@@ -1,4 +1,4 @@
-"""Collect scored responses: the data that value models are fitted on."""
+"""Collect scored responses to fit value models on."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from mbrl_text_env.rewards.base import RewardError, RewardLike, RewardModel, rew
 from mbrl_text_env.runs import Each, identity, in_turn, prompt_digest
 from mbrl_text_env.types import Budget, Ledger, Prompt, TextState, Usage, check_positive
 
-# Of the samples and what is kept of them; changes when the same arguments give other records.
+# Version of the sampling and the records; changes if the same arguments give other records.
 _FORMAT = 1
 
 Found = tuple[list[Record], Usage, dict[str, str]]
-"""The records of answers, what they took, and the errors of prompts that are left out, by id."""
+"""The records of answers, the usage, and the errors of skipped prompts, by prompt id."""
 
 
 def collect(
@@ -41,26 +41,26 @@ def collect(
     on_batch: Callable[[list[Record]], None] | None = None,
     each: Each = in_turn,
 ) -> dict[str, str]:
-    """Sample responses to prompts, score them all, and write every one of them.
+    """Sample responses to prompts, score them, and write all of them as records.
 
-    What is there already is not sampled again: a collection that was killed goes on, and one with
-    more prompts or samples adds what is missing, as if all had been asked for at once. A prompt
-    with a response that cannot be scored is left out with a warning.
+    Existing records are not sampled again. A collection that was killed can be resumed, and a call
+    with more prompts or samples adds only the missing ones; the records are the same as from a
+    single call. A prompt with a response that cannot be scored is skipped with a warning.
 
     Args:
-        reward_model: Whatever `as_reward_model` takes.
-        prompts: At least one, of different ids; texts too, and one alone.
-        samples_per_prompt: Responses to each prompt; the article takes 4.
-        batch_prompts: Prompts that are sampled together.
+        reward_model: Anything that `as_reward_model` accepts.
+        prompts: At least one prompt, with distinct ids; strings and a single prompt also work.
+        samples_per_prompt: Responses per prompt; the article uses 4.
+        batch_prompts: Prompts per batch.
         on_batch: Called with the records of each batch, for progress.
-        each: Where the batches are sampled (`RayWorkers`); they are written as they are done.
+        each: Runs the batches (for example `RayWorkers`); batches are written when done.
 
     Returns:
-        The error of each prompt that was left out, by the prompt's id.
+        The error of each skipped prompt, by prompt id.
 
     Raises:
-        RecordsError: The folder holds records of other models, settings or prompts, or some twice.
-        RewardError: Not one prompt could be scored.
+        RecordsError: The folder has records of other models, settings or prompts, or duplicates.
+        RewardError: No prompt could be scored.
     """
     check_positive(
         samples_per_prompt=samples_per_prompt,
@@ -84,7 +84,7 @@ def collect(
         partial(_sampled, agent, seed), list(filter(None, batches))
     ):
         for name, error in lacking.items():
-            warnings.warn(f"Left out prompt {name!r}: {error}", stacklevel=2)
+            warnings.warn(f"Skipped prompt {name!r}: {error}", stacklevel=2)
         failed |= lacking
         if len(failed) == len(prompts):
             raise RewardError(
@@ -105,7 +105,7 @@ def collection_run(
     seed: int,
     params: SamplingParams = DEFAULT_PARAMS,
 ) -> dict[str, Any]:
-    """Whatever the records of `collect` depend on, apart from their prompts; JSON values."""
+    """Everything that the records of `collect` depend on except the prompts, as JSON values."""
     return {
         "format": _FORMAT,
         "language_model": identity(language_model),
@@ -119,8 +119,8 @@ def collection_run(
 def missing_samples(
     records: Sequence[Record], prompts: Sequence[Prompt], samples: int
 ) -> dict[str, list[int]]:
-    """The samples, numbers from 0 to `samples`, that records of `collect` lack, by prompt; a
-    RecordsError where some are of another prompt of the same id, or are there twice.
+    """Return the sample numbers below `samples` that the records lack, by prompt. Raise a
+    RecordsError if records belong to another prompt with the same id, or are duplicates.
     """
     wanted = {prompt.id: prompt_digest(prompt) for prompt in prompts}
     there: dict[str, set[int | None]] = {name: set() for name in wanted}
@@ -130,21 +130,21 @@ def missing_samples(
             continue
         if prompt_digest(record.prompt()) != wanted[name]:
             raise RecordsError(
-                f"The folder holds responses to another prompt {name!r}: expected the text, "
-                f"metadata and split of this one, got the text {record.prompt_text[:60]!r}. "
+                f"The folder holds responses to another prompt {name!r}: expected this prompt's "
+                f"text, metadata and split, got the text {record.prompt_text[:60]!r}. "
                 "Choose another folder, or give the prompt another id."
             )
         if record.sample in there[name]:
             raise RecordsError(
-                f"The folder holds sample {record.sample} of prompt {name!r} twice. Move the shard "
-                "that was copied into it out of the folder."
+                f"The folder holds sample {record.sample} of prompt {name!r} twice. Remove the "
+                "duplicate shard from the folder."
             )
         there[name].add(record.sample)
     return {name: [k for k in range(samples) if k not in found] for name, found in there.items()}
 
 
 def _sampled(agent: Agent, seed: int, batch: Sequence[tuple[Prompt, list[int]]]) -> Found:
-    # What a run computes does not depend on whether it was stopped before.
+    # Each batch gets the same result whether the run was interrupted or not.
     agent.language_model.clear_cache()
     asked = [(prompt, prompt, numbers) for prompt, numbers in batch]
     return answered(agent, asked, seed, agent.name, are_samples=True)
@@ -159,9 +159,9 @@ def answered(
     *,
     are_samples: bool = False,
 ) -> Found:
-    """Answer prompts, each by asking the second in its place, with answers of these numbers.
+    """Answer prompts: the agent sees the second of each pair; records keep the first.
 
-    Records say that the agent of this `name` gave them; their numbers, if they `are_samples`.
+    `name` is the agent's name in the records; `are_samples` keeps the answers' numbers.
     """
     agent.check_budget([second for _, second, _ in asked], budget)
     rows = run([partial(_answers, agent, budget, seed, *each) for each in asked])
@@ -189,13 +189,13 @@ async def _answers(
     asked: Prompt,
     numbers: Sequence[int],
 ) -> list[tuple[list[Completion], Usage]] | RewardError:
-    """The scored answers to a prompt, those that are paid for together in one list."""
+    """Return a prompt's scored answers; answers in one list were paid for together."""
     state, ids = initial(asked, agent.language_model), agent.language_model.encode_prompt(prompt)
     found = []
     try:
         async for completions, usage in _drawn(agent, budget, seed, state, numbers):
             if asked is not prompt:
-                # The same response as an answer to the prompt that was not told anything.
+                # The response, as an answer to the original prompt.
                 own: dict[str, Any] = {"prompt": prompt, "prompt_ids": ids, "logprob": None}
                 completions = [Completion(replace(c.state, **own)) for c in completions]
             scoring = Ledger()
@@ -210,7 +210,7 @@ async def _answers(
 async def _drawn(
     agent: Agent, budget: Budget | None, seed: int, state: TextState, numbers: Sequence[int]
 ) -> AsyncIterator[tuple[list[Completion], Usage]]:
-    """Plain samples in one call, which computes the prompt once; or answer by answer."""
+    """Plain samples in one call, which encodes the prompt once, or one answer at a time."""
     if isinstance(agent, Sampling):
         ledger, first, last = Ledger(), numbers[0], numbers[-1]
         drawn = await agent.complete(state, last + 1 - first, ledger, seed, first_sample=first)
@@ -225,7 +225,7 @@ async def _drawn(
 def record_of(
     completion: Completion, agent: Agent, usage: Mapping[str, float], seed: int, /, **changes: Any
 ) -> Record:
-    """The record of an agent's scored completion; `changes` are fields that `Record` has beside."""
+    """The record of an agent's scored completion; `changes` sets further `Record` fields."""
     state, lm = completion.state, agent.language_model
     assert completion.score is not None
     fields: dict[str, Any] = {

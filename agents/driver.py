@@ -1,8 +1,8 @@
-"""The driver of searches: many coroutines on one thread, whose model calls are merged.
+"""The driver of searches: many coroutines on one thread, with merged model calls.
 
-A search goes on until it awaits a model call (`ask`); when all of them wait, the calls of one
-function are answered in one batch. A chunk depends on its seed and state alone, so the results are
-those of one search after the other.
+A search runs until it awaits a model call (`ask`). When all searches wait, calls of the same
+function are merged into one batch. A chunk depends only on its seed and state, so the results equal
+those of running the searches one after the other.
 """
 
 from __future__ import annotations
@@ -23,27 +23,27 @@ from mbrl_text_env.types import Chunk, Ledger, Usage, check_positive
 
 T = TypeVar("T")
 Begin: TypeAlias = Callable[[], Coroutine[Any, Any, T]]
-"""Begins a search."""
+"""Starts a search."""
 Running: TypeAlias = Coroutine[Any, Any, None] | Generator[Any, None, None]
-"""A search that has begun, and keeps what it finds."""
+"""A started search, which stores its own result."""
 Take: TypeAlias = Callable[[int], Iterable[Running]]
-"""Begins the next searches, at most so many; fewer, or none, where there are no more now."""
+"""Starts up to that many next searches; fewer, or none, if no more are waiting."""
 
-# Searches that wait cost little; how many sequences are decoded together is the engine's affair.
+# Waiting searches are cheap; the engine limits the sequences that are decoded together.
 MOST_AT_ONCE = 256
-# Reward and value models need not be safe for several threads.
+# Reward and value models need not be thread-safe.
 ONE_AT_A_TIME = threading.RLock()
 
 
 @dataclass(eq=False)
 class Call:
-    """A batched call that a search awaits; made by `ask`, which says what the arguments are."""
+    """A batched call that a search awaits; created by `ask`, which documents the arguments."""
 
     function: Callable[..., Any]
     common: tuple[Any, ...]
     columns: Mapping[str, Sequence[Any]]
     ledgers: Sequence[Ledger] | None
-    # What an event loop awaits instead; None for the function in a thread.
+    # Awaited by an event loop instead; None runs the function in a thread.
     awaited: Callable[..., Coroutine[Any, Any, Any]] | None = None
     result: Any = None
     error: Exception | None = None
@@ -71,7 +71,7 @@ class Call:
             self.error = error
 
     async def make_in_loop(self) -> None:
-        """Call the function so that the event loop goes on meanwhile."""
+        """Call the function without blocking the event loop."""
         if self.awaited is None:
             return await asyncio.to_thread(self._make_alone)
         try:
@@ -94,15 +94,15 @@ def ask(
     ledgers: Sequence[Ledger] | None = None,
     **columns: Sequence[Any],
 ) -> Call:
-    """A call to await in a search: `function(*common, **columns, ledgers=ledgers)`.
+    """Create a call that a search can await: `function(*common, **columns, ledgers=ledgers)`.
 
-    Calls of the same function with equal `common` arguments, such as the model, are answered
-    together, their columns joined; one that fails and has charged nothing is made again for each.
+    Calls of the same function with equal `common` arguments, such as the model, are merged by
+    concatenating their columns. If a merged call fails and has charged nothing, each is retried.
 
     Args:
-        function: Gives one result an item: a sequence, or a dataclass or mapping of sequences. It
-            charges its time itself (`ledger.timed`), as the doors of the models do.
-        **columns: Arguments with one entry an item, as `ledgers` have.
+        function: Returns one result per item: a sequence, or a dataclass or mapping of sequences.
+            It charges its own time (`ledger.timed`), as the model functions do.
+        **columns: Arguments with one entry per item, like `ledgers`.
 
     Example:
         >>> async def search(texts):
@@ -118,7 +118,7 @@ def ask(
 def ask_for_chunks(
     language_model: LanguageModel, requests: Sequence[SampleRequest], ledgers: Sequence[Ledger]
 ) -> Call:
-    """A call of `sample_requests`; one that failed may have charged, and is not made again."""
+    """Create a call of `sample_requests`, which is not retried: a failure may have charged."""
     columns, awaited = {"requests": requests}, _chunks_async
     return Call(sample_requests, (language_model,), columns, ledgers, awaited)
 
@@ -126,7 +126,7 @@ def ask_for_chunks(
 async def _chunks_async(
     language_model: LanguageModel, requests: Sequence[SampleRequest], *, ledgers: Sequence[Ledger]
 ) -> list[list[Chunk]]:
-    """See `sample_requests_async`; with guards, which score, it takes the lock of rewards first."""
+    """`sample_requests_async`; with guards, which call rewards, it runs under the rewards' lock."""
     if not watches_guards(language_model) or all(r.guard is None for r in requests):
         return await sample_requests_async(language_model, requests, ledgers=ledgers)
 
@@ -138,13 +138,13 @@ async def _chunks_async(
 
 
 def run(searches: Sequence[Begin[T]], most_at_once: int = MOST_AT_ONCE) -> list[T]:
-    """Run searches side by side, so many at once, and return their results in order.
+    """Run searches concurrently, at most `most_at_once`, and return their results in order.
 
-    They await nothing but calls (`ask`); there is no event loop, so it also works inside one.
+    Searches can only await calls (`ask`). No event loop is used, so this works inside one, too.
 
     Raises:
-        BaseException: Of the searches that failed at the same time, what the first in the list
-            raised; the others are given up.
+        BaseException: The error of the first search in the list that failed; if several fail at
+            the same time, the others' errors are dropped. All other searches are closed.
     """
     take, results = _kept(searches)
     with closing(_calls(take, most_at_once)) as calls:
@@ -154,7 +154,7 @@ def run(searches: Sequence[Begin[T]], most_at_once: int = MOST_AT_ONCE) -> list[
 
 
 async def run_async(searches: Sequence[Begin[T]], most_at_once: int = MOST_AT_ONCE) -> list[T]:
-    """`run` that awaits each batch. Cancelled, it lets a batch in a thread end, and drops it."""
+    """Async `run`. If cancelled, it lets a batch in a thread finish and drops the result."""
     take, results = _kept(searches)
     await _drive(take, most_at_once)
     return results
@@ -167,7 +167,7 @@ async def _drive(take: Take, most_at_once: int) -> None:
 
 
 def _kept(searches: Sequence[Begin[T]]) -> tuple[Take, list[T]]:
-    """The searches, which put what they return into the list."""
+    """The searches, and the list that they store their results in."""
     results: list[Any] = [None] * len(searches)
 
     async def keep(place: int, begin: Begin[T]) -> None:
@@ -178,7 +178,7 @@ def _kept(searches: Sequence[Begin[T]]) -> tuple[Take, list[T]]:
 
 
 def _calls(take: Take, most_at_once: int) -> Generator[Call, None, None]:
-    """Advance searches, and yield the merged calls to make."""
+    """Advance searches and yield the merged calls."""
     active: list[Running] = []
     try:
         while True:
@@ -193,7 +193,7 @@ def _calls(take: Take, most_at_once: int) -> Generator[Call, None, None]:
 
 
 def _advanced(active: list[Running]) -> list[list[Call]]:
-    """Advance every search until it waits or ends; what they wait for, by what can be merged."""
+    """Advance every search until it waits or ends; return the calls, grouped by key."""
     groups: dict[Hashable, list[Call]] = {}
     errors = []
     for search in list(active):
@@ -201,7 +201,7 @@ def _advanced(active: list[Running]) -> list[list[Call]]:
             call = search.send(None)
             if not isinstance(call, Call):
                 wrong = TypeError(
-                    f"A search awaited {type(call).__name__}. It can only wait for models: await "
+                    f"A search awaited {type(call).__name__}. It can only await model calls: "
                     "`search.expand(...)`, `self.scored(...)`, or `agents.driver.ask(...)`."
                 )
                 search.throw(wrong)
@@ -217,9 +217,9 @@ def _advanced(active: list[Running]) -> list[list[Call]]:
 
 
 def _answered(calls: list[Call]) -> Iterable[Call]:
-    """The calls to make for a group that can be merged: one, or each by itself where that fails."""
+    """Yield the calls for a group: the merged one, or each separately if that fails."""
     if len(calls) == 1:
-        # As it came: the doors check the length.
+        # Unmerged: the model functions check the length.
         yield from calls
         return
     merged = _merged(calls)
@@ -234,7 +234,7 @@ def _answered(calls: list[Call]) -> Iterable[Call]:
     spent = [ledger.usage - old for ledger, old in zip(merged.ledgers or (), before, strict=True)]
     is_free = all(dataclasses.replace(usage, seconds=0.0) == Usage() for usage in spent)
     if is_free and merged.function is not sample_requests:
-        # Each for itself, so that an error is that search's and names its prompt.
+        # Call each separately, so that the error reaches its own search and names its prompt.
         yield from calls
         return
     for call in calls:
@@ -282,20 +282,20 @@ def _comparable(value: Any) -> Hashable:
 
 
 class Driver:
-    """Runs the searches of many calls of `Agent.generate_async` side by side: what a server needs.
+    """Runs the searches of concurrent `Agent.generate_async` calls together, as in a server.
 
-    A search joins the others at their next batch. What one raises is raised for its own call, and
-    one whose call is cancelled ends before it asks for anything more; the batch under way is
-    finished. It belongs to one event loop.
+    New searches join at the next batch. An error is raised only in the call whose search failed. If
+    a call is cancelled, its search ends before its next model call; the current batch is finished.
+    A driver belongs to one event loop.
 
     Args:
-        most_at_once: Searches that are under way at a time; further ones wait.
+        most_at_once: Maximum number of concurrent searches; further ones wait.
 
     Attributes:
-        searches: How many have begun and not ended.
+        searches: Number of searches that have started and not ended.
 
     Example:
-        >>> async def answer(texts):  # each text a call of its own, in common batches
+        >>> async def answer(texts):  # separate calls, merged batches
         ...     driver = Driver()
         ...     calls = [agent.generate_async(text, budget, driver=driver) for text in texts]
         ...     return await asyncio.gather(*calls)
@@ -309,7 +309,7 @@ class Driver:
         self._task: asyncio.Task[None] | None = None
 
     async def run(self, searches: Sequence[Begin[T]]) -> list[T]:
-        """Return what the searches return, in order; see `run_async`."""
+        """Return the results of the searches, in order; see `run_async`."""
         futures = [asyncio.get_running_loop().create_future() for _ in searches]
         self._waiting += zip(searches, futures, strict=True)
         if self._task is None or self._task.done():
@@ -325,7 +325,7 @@ class Driver:
         return [self._search(*self._waiting.popleft()) for _ in range(count)]
 
     def _search(self, begin: Begin[T], future: asyncio.Future[T]) -> Generator[Any, None, None]:
-        """Advance a search as long as somebody waits for it; nothing that it raises gets out."""
+        """Advance a search while its caller waits; errors go to the caller's future."""
         search = begin()
         self.searches += 1
         try:

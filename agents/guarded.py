@@ -1,4 +1,4 @@
-"""Guarded search: what a reward's bound says is lost is never written, what is missing is added."""
+"""Guarded search: avoid text that the reward's bound rules out, and insert what is missing."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from mbrl_text_env.rewards.base import reward_bounds
 from mbrl_text_env.types import Chunk, FinishReason, TextState
 from mbrl_text_env.values import ValueModel
 
-# Responses where neither a budget nor a target ends the search.
+# Responses if neither a budget nor a target ends the search.
 _WITHOUT_BUDGET = 4
-# Twice what rounding moves a fraction such as 3 of 3.
+# Twice the rounding error of a fraction such as 3 of 3.
 _SAME = 1e-9
-# Additions to one response: more make a text that hangs together by what was asked for alone.
+# Insertions per response. With more, the text consists mostly of inserted pieces.
 _ADDITIONS = 8
-# Texts whose score is asked for at one place.
+# Texts to score at each position.
 _TRIES = 4
 _NO_ENCODING = LanguageModel.encode_text
 _SENTENCE_ENDS = (".", "!", "?", '"', "”", "…", "。", ")", "]", "}")
@@ -30,28 +30,28 @@ _SENTENCE_ENDS = (".", "!", "?", '"', "”", "…", "。", ")", "]", "}")
 
 @dataclass(eq=False, kw_only=True)
 class Guarded(Planner):
-    """Sample responses that can still reach the target, one after the other, until one does.
+    """Sample only responses that can still reach the target, until one does.
 
-    While a response is drawn, a token after which the reward's bound is below the target is drawn
-    again from the probable ones that may follow (`language_models.base.Guard`, which states the
-    law), and a response ends only where its score reaches the target. Where it would end too early,
-    or cannot go on, or is too long, what the reward suggests (`RewardModel.suggest`) is put there,
-    at the end of a sentence or in the middle, and the model goes on after it, or ends.
+    During sampling, a token that lowers the reward's bound below the target is resampled from the
+    probable tokens that do not (`language_models.base.Guard` defines the distribution). A response
+    can end only if its score reaches the target. If it would end too early, cannot continue or gets
+    too long, the reward's suggestion (`RewardModel.suggest`) is inserted at the end of a sentence
+    or in the middle. The model then continues after it, or ends.
 
-    The check of a text that may end is charged as a reward call; bounds and suggestions are not.
-    The log-probabilities of what was added are the language model's own, and charged; a server that
-    cannot give them needs `additions=0`. One without `guards` is asked again for what is refused.
+    Scoring a text that may end is charged as a reward call; bounds and suggestions are free.
+    Inserted tokens have the language model's log-probabilities, which are charged. A server that
+    cannot compute them needs `additions=0`. A model without `guards` is resampled instead.
 
     Source: Lipkin et al., "Fast Controlled Generation from Language Models with Adaptive Weighted
-    Rejection Sampling", 2025 (lazy checks). Deviation: no weights, since the verifier decides, not
-    a posterior. The additions are this project's.
+    Rejection Sampling", 2025 (lazy checks). Deviation: there are no weights, because the verifier
+    decides, not a posterior. The insertions are this project's.
 
     Args:
-        target: The score that is good enough; by default the most that the bound allows.
-        floor: The least log-probability (nats) of a token in place of a refused one, and of an end
-            behind what was added.
-        candidates: How many of the most probable tokens are tried in place of a refused one.
-        additions: 0 for none.
+        target: Score at which the search ends; by default the maximum that the bound allows.
+        floor: Minimum log-probability (nats) of a replacement token, and of an end after an
+            insertion.
+        candidates: Number of most probable tokens tried to replace a rejected one.
+        additions: 0 disables insertions.
 
     Raises:
         ValueError: The reward has no bound for a prompt.
@@ -72,27 +72,27 @@ class Guarded(Planner):
         check_target(self.target)
         if not self.floor <= 0 or self.candidates < 1:
             raise ValueError(
-                "Expected a floor (log-probability) of at most 0 and at least one candidate, got "
+                "Expected floor (a log-probability) <= 0 and candidates >= 1, got "
                 f"floor={self.floor} and candidates={self.candidates}."
             )
 
     async def plan(self, search: Search) -> None:
-        """Draw guarded responses until one reaches the target or the budget allows no more."""
+        """Sample guarded responses until one reaches the target or the budget is exhausted."""
         most = search.most_reachable()
         if self.target is None and search.reward_model.is_bound_wrong:
             await search.expand([Expansion(search.tree.root, valued=False)])
             return
         if self.target is None and most == float("inf"):
             raise ValueError(
-                f"{self.name}: expected a reward whose `bound` says what a response to prompt "
-                f"{search.tree.root.state.prompt.id!r} can reach, or a target; got "
-                f"{search.reward_model.name!r}, whose bound does not, and no target."
+                f"{self.name}: expected a target, or a reward whose `bound` limits the score of "
+                f"prompt {search.tree.root.state.prompt.id!r}; got no target, and "
+                f"{search.reward_model.name!r} has no finite bound."
             )
         if self.target is not None and self.target > most + _SAME:
             warnings.warn(
-                f"{self.name}: expected a target of at most {most:g}, the most that "
-                f"{search.reward_model.name!r} can give to a response to prompt "
-                f"{search.tree.root.state.prompt.id!r}, got {self.target:g}; it ends at {most:g}.",
+                f"{self.name}: expected a target of at most {most:g}, the maximum of "
+                f"{search.reward_model.name!r} for prompt "
+                f"{search.tree.root.state.prompt.id!r}, got {self.target:g}; using {most:g}.",
                 stacklevel=2,
             )
         target = most if self.target is None else min(self.target, most)
@@ -100,12 +100,12 @@ class Guarded(Planner):
         await GuardedSearch(search, target, *options).run()
 
     def values(self) -> ValueModel | None:
-        """None: nothing is valued."""
+        """None: this planner uses no values."""
         return None
 
 
 def verifier_target(search: Search, target: float | None) -> float | None:
-    """All of what a verifier allows, if no target says less; None without anything to guard."""
+    """The smaller of `target` and a verifier's bound; None if there is no bound to guard."""
     most = search.most_reachable()
     if not search.reward_model.is_verifier or not math.isfinite(most):
         return None
@@ -114,7 +114,7 @@ def verifier_target(search: Search, target: float | None) -> float | None:
 
 @dataclass(frozen=True)
 class GuardedSearch:
-    """Guarded responses from the root of a search until one scores `target`; see `Guarded`."""
+    """Sample guarded responses from a search's root until one scores `target`; see `Guarded`."""
 
     search: Search
     target: float
@@ -132,14 +132,14 @@ class GuardedSearch:
         object.__setattr__(self, "adds", self.adds and own is not _NO_ENCODING)
 
     async def run(self) -> None:
-        """Draw responses until the target is reached, the budget allows no more, or it is short."""
+        """Sample one response, or without a budget up to 4, until one reaches the target."""
         root = self.search.tree.root
         while not self._is_reached() and await self._respond(root):
             if self.search.is_capped or root.samples >= _WITHOUT_BUDGET:
                 return
 
     async def _respond(self, root: Node) -> bool:
-        """Draw one response, with what is added to it; False where the budget does not allow it."""
+        """Sample one response with its insertions; False if the budget does not allow it."""
         if (node := await self._drawn(root)) is None:
             return False
         for _ in range(_ADDITIONS if self.adds else 0):
@@ -160,7 +160,7 @@ class GuardedSearch:
     def _allows(
         self, states: Sequence[TextState], texts: Sequence[str], ended: Sequence[bool]
     ) -> list[bool]:
-        """`Guard.allows`: an end below the target is one where something can be added instead."""
+        """`Guard.allows`. It also allows an end below the target if there is a suggestion."""
         prompts = [state.prompt for state in states]
         bounds = reward_bounds(self.search.reward_model, prompts, texts)
         return [
@@ -169,7 +169,7 @@ class GuardedSearch:
         ]
 
     def _may_end(self, text: str) -> bool:
-        # What the budget does not let us know is allowed: it is scored as the answer anyway.
+        # Allowed if the budget does not allow a score: the answer is scored anyway.
         score = self.search.score_of(text)
         return score is None or score >= self.target - _SAME or any(self._suggested(text))
 
@@ -178,7 +178,7 @@ class GuardedSearch:
         return score is not None and score >= self.target - _SAME
 
     def _suggested(self, text: str) -> Iterator[str]:
-        """What may be added to a text so that it can still reach the target."""
+        """Yield suggestions after which the text can still reach the target."""
         reward, prompt = self.search.reward_model, self.search.tree.root.state.prompt
         for piece in reward.suggest(prompt, text) if self.adds else ():
             [bound] = reward_bounds(reward, [prompt], [text + piece])
@@ -186,7 +186,7 @@ class GuardedSearch:
                 yield piece
 
     async def _added(self, node: Node) -> Node | None:
-        """A drawn response with an addition in place of its end, or None; it may go on."""
+        """Replace the end of a sampled response by an insertion; None if there is none."""
         places = list(self._places(node))
         reason, whole = node.state.finish_reason, places[-1]
         ends = [place for place in places[1:] if _is_end(place.text)]
@@ -196,15 +196,15 @@ class GuardedSearch:
             return found
         if reason == "stop":
             return await self._ended(ends[-1]) if ends else None
-        # What is missing did not come in time: it comes earlier, in the middle of what was drawn.
+        # The response is too long: insert the missing piece in its first half.
         half = [place for place in ends if place.length <= whole.length // 2]
         return await self._continued(half[-1]) if reason == "length" and half else None
 
     def _places(self, node: Node) -> Iterator[_Place]:
-        """The states within a drawn chunk, from its beginning on."""
+        """Yield the states within a sampled chunk, from its start."""
         parent, chunk = node.step()
         decode = self.search.language_model.decode
-        # The last token is a stop token, or the one that nothing may follow.
+        # The last token is a stop token, or one that no token may follow.
         whole = len(chunk) - (node.state.finish_reason != "length")
         before, limit = parent.state, self.search.limit
         for length in range(whole + 1):
@@ -213,7 +213,7 @@ class GuardedSearch:
             yield _Place(parent, kept, state, decode(state.response_ids))
 
     async def _continued(self, place: _Place) -> Node | None:
-        """The first suggestion that may follow, and the end if that is probable."""
+        """Insert the first suggestion that fits, and end after it if that is probable."""
         for piece in self._suggested(place.text):
             ids = self._ids(piece)
             if self._has_room(place, ids):
@@ -226,7 +226,7 @@ class GuardedSearch:
         return None
 
     async def _ended(self, place: _Place) -> Node | None:
-        """The end, after a suggestion if need be; None where that is not enough."""
+        """End the response, after a suggestion if needed; None if the target is out of reach."""
         tried = 0
         for piece in ("", *self._suggested(place.text)):
             ids = self._ids(piece)
@@ -246,11 +246,11 @@ class GuardedSearch:
         return tuple(self.search.language_model.encode_text(piece)) if piece else ()
 
     def _has_room(self, place: _Place, ids: Sequence[int]) -> bool:
-        """Whether tokens and an end fit in."""
+        """Whether the tokens and a stop token fit."""
         return len(place.state.response_ids) + len(ids) < self.search.limit
 
     async def _logprobs(self, state: TextState, ids: tuple[int, ...]) -> tuple[float, ...] | None:
-        """Log-probability of each addition's token; None where the budget does not allow it."""
+        """Log-probability of each inserted token; None if the budget does not allow it."""
         search = self.search
         most = search.language_model.usage_bound(len(prefix_of(state)), [len(ids)])
         if not search.ledger.affords(most + search.finish_usage(search.tree.root.state)):
@@ -266,7 +266,7 @@ class GuardedSearch:
     async def _append(
         self, place: _Place, ids: tuple[int, ...], logprobs: tuple[float, ...]
     ) -> Node:
-        """The node of the tokens up to a place and of others after them."""
+        """Add the tokens up to a place, followed by `ids`, as a node."""
         kept = place.kept
         reason: FinishReason | None = "stop" if ids[-1] == self._stop else None
         chunk = Chunk((*kept.token_ids, *ids), (*kept.logprobs, *logprobs), reason)
@@ -281,7 +281,7 @@ def _scores_of(search: Search, texts: Sequence[str]) -> list[float | None]:
 
 @dataclass(frozen=True)
 class _Place:
-    """What is `kept` of a chunk that was drawn after `parent`, and the state there."""
+    """A position within a chunk that was sampled after `parent`: the tokens kept and the state."""
 
     parent: Node
     kept: Chunk

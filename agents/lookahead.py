@@ -1,4 +1,4 @@
-"""Searches that look ahead and then decide: by a value, a receding horizon, or a screen."""
+"""Planners that look ahead before they decide: lookahead, receding horizon and screening."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from mbrl_text_env.types import Usage, check_positive
 from mbrl_text_env.values import ValueModel, value_usage_bound
 
 PARTIAL_PARAMS = SamplingParams(temperature=0.9)
-# Plans a step of a receding horizon where nobody says how many.
+# Plans per step of a receding horizon if neither the user nor a budget sets them.
 _WITHOUT_BUDGET = 4
-# Candidates a stage of a screen: the value has to have a choice.
+# Minimum candidates per stage of a screen, so that the value has a choice.
 _FEWEST = 4
 
 
@@ -25,21 +25,21 @@ _FEWEST = 4
 class Lookahead(Planner):
     """Two-stage lookahead with a value model.
 
-    A round samples `num_partials` partial responses of `prefix_tokens`, lets the value model judge
-    them, continues each of the best `keep` of them `continuations` times to the end, and lets the
-    reward model choose: with the defaults and responses of 256 tokens, as much as best-of-4. With
-    `chunkwise` there are as many stages as chunks, as in `BeamSearch` with a beam of `keep`.
+    A round samples `num_partials` partial responses of `prefix_tokens` tokens and ranks them with
+    the value model. It continues each of the best `keep` to the end, `continuations` times; the
+    reward model picks the best. With the defaults and 256-token responses, a round costs as much as
+    best-of-4. With `chunkwise`, each chunk is a stage, as in `BeamSearch` with beam width `keep`.
 
-    Source: "Model Based Reinforcement Learning: Tutorial & Examples" (Patronus AI). As there, an
-    agent whose value model is missing or not fitted falls back to best-of-N. Deviations: a partial
-    response is continued from its token ids; one that has ended by itself is not continued; where a
-    response is not longer than `prefix_tokens`, the prefix is a quarter of it (the article's
-    share); under a budget, rounds are repeated, the last ones with fewer branches.
+    Source: "Model Based Reinforcement Learning: Tutorial & Examples" (Patronus AI). As there, a
+    missing or unfitted value model means best-of-N. Deviations: continuations start from the token
+    ids of the partial response; partial responses that have ended are not continued; if responses
+    are not longer than `prefix_tokens`, the prefix is a quarter of them (the article's share);
+    with a budget, rounds are repeated, the last ones with fewer branches.
 
     Args:
-        value_model: Judges partial responses; None or unfitted for best-of-N.
-        keep: Partial responses that are continued, at most `num_partials`.
-        partial_params: How partial responses are drawn; `params` is for all else.
+        value_model: Ranks partial responses; None or unfitted means best-of-N.
+        keep: Number of partial responses to continue, at most `num_partials`.
+        partial_params: Sampling parameters of partial responses; `params` applies to the rest.
     """
 
     name = "lookahead"
@@ -61,7 +61,7 @@ class Lookahead(Planner):
             )
 
     async def plan(self, search: Search) -> None:
-        """One round: the largest that the budget allows for certain."""
+        """Run the largest round that the budget is certain to allow."""
         if search.value_model is None:
             count = None if search.is_capped else self.num_partials
             await BestOfN(self.language_model, self.reward_model, n=count).plan(search)
@@ -73,7 +73,7 @@ class Lookahead(Planner):
         root = search.tree.root
         counts = self._affordable_round(search)
         if counts is None:
-            # A response may still be affordable where a round is not.
+            # One response can be affordable even if no round is.
             await search.expand([Expansion(root)])
             return
         partials, continuations = counts
@@ -85,7 +85,7 @@ class Lookahead(Planner):
         await search.expand(Expansion(node, continuations) for node in kept)
 
     def values(self) -> ValueModel | None:
-        """The value model, once it is fitted."""
+        """The value model, if it is fitted."""
         usable = self.value_model is not None and self.value_model.is_fitted
         return self.value_model if usable else None
 
@@ -94,7 +94,7 @@ class Lookahead(Planner):
         return self.prefix_tokens if self.prefix_tokens < room else max(1, room // 4)
 
     def _affordable_round(self, search: Search) -> tuple[int, int] | None:
-        """Partial responses and continuations of the largest round that is affordable, or None."""
+        """Partial responses and continuations of the largest affordable round, or None."""
         for partials in range(self.num_partials, 0, -1):
             for continuations in range(self.continuations, 0, -1):
                 if search.ledger.affords(self._round_usage(search, partials, continuations)):
@@ -102,13 +102,13 @@ class Lookahead(Planner):
         return None
 
     def _round_usage(self, search: Search, partials: int, continuations: int) -> Usage:
-        """The most that a round is charged."""
+        """Upper bound on the usage charged for a round."""
         assert self.value_model is not None
         state, keep = search.tree.root.state, min(self.keep, partials)
         start, room = len(prefix_of(state)), search.room(state)
         size = min(self._prefix_size(search), room)
         usage = self.language_model.usage_bound
-        # Where nothing is left to continue, the partial responses are complete.
+        # If there is nothing left to continue, the partial responses are complete.
         tails = [room - size] * continuations if room > size else []
         reward = reward_usage_bound(self.reward_model)
         value = reward.maximum(value_usage_bound(self.value_model, state))
@@ -124,19 +124,19 @@ class Lookahead(Planner):
 class RecedingHorizon(Planner):
     """Model-predictive control over chunks.
 
-    At each step, plans of `horizon` chunks are rolled out from the state reached so far; of that
-    with the highest value (or score) at its end the first chunk is executed. Without a value model
-    the last chunk of a plan is the whole rest, and its score decides.
+    Each step rolls out plans of `horizon` chunks from the current state and executes the first
+    chunk of the plan with the highest value (or score) at its end. Without a value model, the last
+    chunk of a plan runs to the end of the response, and plans are ranked by score.
 
     Source: random-shooting model-predictive control, as in Nagabandi et al., "Neural Network
     Dynamics for Model-Based Deep Reinforcement Learning with Model-Free Fine-Tuning", 2018.
-    Deviations: plans are drawn from the language model; those that begin with the executed chunk
-    are kept; the objective is the value at the horizon.
+    Deviations: plans are sampled from the language model; plans that start with the executed chunk
+    are kept for the next step; the objective is the value at the horizon.
 
     Args:
-        horizon: Chunks of a plan.
-        plans: Plans rolled out at a step; None as many as the budget allows to the end of the
-            response, or 4 without one.
+        horizon: Number of chunks in a plan.
+        plans: Number of plans per step. None uses as many as the budget allows until the end of
+            the response, or 4 without one.
     """
 
     name = "receding-horizon"
@@ -157,10 +157,10 @@ class RecedingHorizon(Planner):
                 return
             best = max(ends, key=_worth)
             node = next(step for step in best.path() if step.parent is node)
-            node.note = f"executed: {_worth(best):.4g} is the best at the end of {len(ends)} plans"
+            node.note = f"executed: final value {_worth(best):.4g}, best of {len(ends)} plans"
 
     async def _rolled_out(self, search: Search, node: Node) -> list[Node]:
-        """Ends of the plans from a node: new ones, and those that were there."""
+        """Return the ends of all plans from a node, including those kept from earlier steps."""
         frontier = Counter({node: self._count(search, node)})
         for ahead in range(1, self.horizon + 1):
             is_last = ahead == self.horizon
@@ -178,7 +178,7 @@ class RecedingHorizon(Planner):
         if self.plans is not None:
             return self.plans
         width = search.width(node, self.chunk_tokens)
-        # Each of the chunks that are left is planned, and each plan has up to `horizon` of them.
+        # All remaining chunks are planned, and each plan has up to `horizon` of them.
         left = -(-search.room(node.state) // self.chunk_tokens)
         horizon = left if search.value_model is None else self.horizon
         mean_length = sum(min(horizon, k) for k in range(1, left + 1)) / left
@@ -191,24 +191,24 @@ def _worth(node: Node) -> float:
 
 @dataclass(eq=False, kw_only=True)
 class Screened(Planner):
-    """Keep the candidate of highest value chunk by chunk; of complete responses score the best.
+    """Select chunks by value alone, then score only the most promising complete responses.
 
-    A round draws `candidates` chunks, goes on from the one of highest value until it ends, and asks
-    the reward for the `finalists` that have the highest value among all complete responses that are
-    not scored yet. It pays where the reward costs more than some ten tokens and the value next to
-    nothing beside it, such as `token-embedding`. Budgets in tokens do not see what the reward
-    costs: give one in FLOPs.
+    A round samples `candidates` chunks per stage and continues from the one with the highest value
+    until it ends. It then scores the `finalists` with the highest values among all unscored
+    complete responses. This pays off if a reward call costs more than about ten tokens and the
+    value is almost free in comparison, as `token-embedding` is. Token budgets do not include the
+    cost of the reward: use a budget in FLOPs.
 
     Sources: Mudgal et al., "Controlled Decoding from Language Models", 2024 (blockwise best-of-K);
-    Sun et al., "Fast Best-of-N Decoding via Speculative Rejection", 2024 (a cheap judgement of what
-    is not worth its price). Deviation: the reward is never asked for a prefix.
+    Sun et al., "Fast Best-of-N Decoding via Speculative Rejection", 2024 (cheap rejection before
+    the expensive step). Deviation: prefixes are never scored by the reward.
 
     Args:
-        value_model: Ranks partial and complete responses; without one this is best-of-N.
-        candidates: Chunks drawn at a stage, as far as the budget allows; None for as many responses
-            as cost what a call of the reward costs, and at least 4.
-        finalists: Responses that are scored after a round; None for as many as cost what the
-            round's candidates cost, and at least one.
+        value_model: Ranks partial and complete responses. None means best-of-N.
+        candidates: Chunks per stage, limited by the budget. None takes as many as there are
+            responses in the price of one reward call, but at least 4.
+        finalists: Responses to score after a round. None takes as many as cost the same as the
+            round's candidates, but at least one.
 
     Example:
         >>> planner = Screened(lm, reward, value, finalists=1)  # doctest: +SKIP
@@ -224,7 +224,7 @@ class Screened(Planner):
         check_positive(candidates=self.candidates, finalists=self.finalists)
 
     async def plan(self, search: Search) -> None:
-        """One response of chosen chunks, and the scores of the finalists."""
+        """Build one response chunk by chunk, then score the finalists."""
         root, price = search.tree.root, self._price(search)
         count = self.candidates or max(_FEWEST, round(price))
         if search.value_model is None:
@@ -238,13 +238,13 @@ class Screened(Planner):
             [row] = await search.expand([Expansion(beam, count, self.chunk_tokens, scored=False)])
             beams = search.ranked(row)[:1]
             for node in beams:
-                node.note = f"kept: the highest value of {len(row)} candidates"
-        # All of them where the reward costs nothing, or nothing can be drawn any more.
+                node.note = f"kept: highest value of {len(row)} candidates"
+        # Score all of them if the reward is free or no more chunks are affordable.
         finalists = max(1, int(count / price)) if count and price * count > 1e-9 else 1 << 20
         await self._score(search, self.finalists or finalists)
 
     async def _score(self, search: Search, most: int) -> None:
-        """Ask the reward for the best of what is complete, as far as the budget allows."""
+        """Score the complete responses of highest value, up to `most`, within the budget."""
         nodes = search.tree.nodes
         waiting = [node for node in nodes if node.is_terminal and node.score is None]
         waiting.sort(key=value_of, reverse=True)
@@ -253,10 +253,10 @@ class Screened(Planner):
         await search.evaluate(waiting[:most])
 
     def _price(self, search: Search) -> float:
-        """What a call of the reward costs beside drawing a response; 1 where that is not known."""
+        """Cost of a reward call relative to sampling a response; 1 if unknown."""
         state = search.tree.root.state
         drawing = search.drawing_usage(state).flops
-        # Not the bound: of a model, that is of a text that fills its input.
+        # The expected usage. The bound of a model assumes a text that fills its context.
         text = self.language_model.decode(stand_in(state, search.room(state)).response_ids)
         scoring = search.reward_model.usage(state.prompt, text).flops
         return scoring / drawing if drawing > 0 else 1.0

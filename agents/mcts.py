@@ -1,8 +1,8 @@
-"""Monte Carlo tree search over chunks: decisions, the simulations they rest on, and their scores.
+"""Monte Carlo tree search over chunks: decisions, simulations and selection scores.
 
-The scores' conventions are those of mctx (https://github.com/google-deepmind/mctx). Actions are
-chunks drawn from a language model, so a prior is the share of the samples, not the output of a
-policy network (Hubert et al., "Learning and Planning in Complex Action Spaces", 2021).
+The scores follow the conventions of mctx (https://github.com/google-deepmind/mctx). Actions are
+chunks sampled from a language model, so priors are sample frequencies, not the output of a policy
+network (Hubert et al., "Learning and Planning in Complex Action Spaces", 2021).
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ RootPolicy = Literal["puct", "gumbel"]
 LeafValue = Literal["value", "rollout"]
 Backup = Literal["mean", "max"]
 
-# Trees that are kept for the next decisions: one an episode that is under way.
+# Trees kept for the next decisions: one per running episode.
 _TREES_KEPT = 256
-# Share of the most visited child's visits that makes a mean trustworthy.
+# Minimum fraction of the largest visit count for a mean to be trusted.
 _ENOUGH = 0.25
-# Sets the random numbers of the root apart from those that draw chunks.
+# Separates the root's random numbers from those that sample chunks.
 _ROOT_NOISE = 1
-# Constants of mctx and, for the first, of MuZero's pseudocode.
+# Constants of mctx; the first is from MuZero's pseudocode.
 _C_BASE = 19652.0
 _MAXVISIT_INIT = 50.0
 _VALUE_SCALE = 0.1
@@ -40,7 +40,7 @@ _EPSILON = 1e-8
 
 
 class _Memory:
-    """The trees of the last decisions. Copies of an agent share them; a pickled one has none."""
+    """Trees of the last decisions. Copies of an agent share them; pickling drops them."""
 
     def __init__(self) -> None:
         self._trees: OrderedDict[tuple[int, TextState], SearchTree] = OrderedDict()
@@ -49,7 +49,7 @@ class _Memory:
         return type(self), ()
 
     def keep(self, search: Search) -> None:
-        """Keep a search's tree."""
+        """Store a search's tree."""
         key = search.seed, search.tree.root.state
         self._trees.pop(key, None)
         self._trees[key] = search.tree
@@ -57,7 +57,7 @@ class _Memory:
             self._trees.popitem(last=False)
 
     def recall(self, search: Search, chunk_tokens: int) -> None:
-        """Give a new search what the tree of the decision before holds below its state."""
+        """Copy the subtree below the search's state from the previous decision's tree."""
         state = search.tree.root.state
         for tokens in range(1, min(chunk_tokens, len(state.response_ids)) + 1):
             before = dataclasses.replace(state, response_ids=state.response_ids[:-tokens])
@@ -79,48 +79,48 @@ class _Memory:
 
 @dataclass(eq=False, kw_only=True)
 class MCTS(Planner):
-    """Monte Carlo tree search: simulations go where values are high or little is known.
+    """Monte Carlo tree search over chunks, with PUCT or Gumbel root policies.
 
-    A simulation goes down from a node until it comes to one that may have another chunk
-    (progressive widening: of n visits, `widening` x n ^ `widening_power` may draw one), draws it,
-    and adds the return of what the chunk leads to, a score or an estimate, to every node above.
-    After a decision's simulations the search moves to the best child, keeps what is known below it,
-    and goes on until the response has ended, or one that ends with the next chunk scores at least
-    the best child's mean. Later rounds go on in the tree.
+    A simulation descends from a node to one that may add a chunk (progressive widening: after n
+    visits, up to `widening` x n ^ `widening_power` chunks). It samples a chunk and backs up the
+    return, a score or an estimated value, to all ancestors. After the simulations of a decision,
+    the search moves to the best child and keeps its subtree. It stops when the response has ended,
+    or when a response that ends with the next chunk scores at least the best child's mean. Later
+    rounds reuse the tree.
 
-    Without a budget, each decision has `num_simulations`. Under one, a decision with k chunks to go
-    has 1/k of what is left; with rollouts no fewer than `num_simulations`.
+    Without a budget, each decision has `num_simulations` simulations. With a budget, a decision
+    with k chunks to go uses 1/k of the rest; with rollouts at least `num_simulations`.
 
     Root policies:
 
     - `"puct"`: PUCT everywhere (Silver et al., "Mastering the Game of Go without Human Knowledge",
       2017; Schrittwieser et al., "Mastering Atari, Go, Chess and Shogi by Planning with a Learned
-      Model", 2020). The search moves to the child of highest mean, not of most visits as in these
-      papers, among those with at least a quarter of the visits of the most visited one.
-    - `"gumbel"`: at the node that is decided, `max_considered` chunks are considered by sequential
-      halving, with Gumbel noise; below it visits follow the improved policy (Danihelka et al.,
-      "Policy Improvement by Planning with Gumbel", 2022).
+      Model", 2020). The search moves to the child with the highest mean, not the most visits as in
+      these papers, among children with at least a quarter of the largest visit count.
+    - `"gumbel"`: the root of a decision considers `max_considered` chunks by sequential halving
+      with Gumbel noise; other nodes follow the improved policy (Danihelka et al., "Policy
+      Improvement by Planning with Gumbel", 2022).
 
-    Simulations under way at a time count as a visit without success on their way (virtual loss:
-    Chaslot et al., "Parallel Monte-Carlo Tree Search", 2008) until they return.
+    A running simulation counts as a visit with no return (virtual loss: Chaslot et al., "Parallel
+    Monte-Carlo Tree Search", 2008).
 
-    Deviations, all because a chunk is a sample and a response's score is certain: priors are shares
-    of the samples; there is no Dirichlet noise; a response that has ended is never visited again,
-    and a node of which all children have ended draws another chunk. There is no discount.
+    Deviations, because chunks are samples and scores of responses are exact: priors are sample
+    frequencies; there is no Dirichlet noise; an ended response is never visited again, and a node
+    whose children have all ended samples another chunk. There is no discount.
 
     Args:
-        value_model: Estimates the final reward of partial responses; None for rollouts.
-        num_simulations: Of a decision where no budget says how many.
-        leaf_value: `"value"`, the value model's estimate, or `"rollout"`: the response is drawn to
-            its end in one piece and scored, and its chunks join the tree.
+        value_model: Estimates the final reward of partial responses; None means rollouts.
+        num_simulations: Simulations per decision without a budget.
+        leaf_value: `"value"` uses the value model. `"rollout"` samples the response to its end,
+            scores it, and adds its chunks to the tree.
         backup: A node's value is the `"mean"` of its returns, or the `"max"`.
-        c_puct: Weight of PUCT's bonus for little visited children, above 0.
-        widening: Chunks that a node may have drawn after its first visit, above 0.
-        widening_power: How their number grows with the visits, 0 to 1.
-        max_considered: Most chunks considered by the root policy `"gumbel"`.
-        batch_size: More are faster for a prompt by itself, and find a little less.
-        reuse_tree: Whether `act` goes on in the tree of the decision before, where it was made with
-            the same seed, and pays for no part of it again. The last 256 trees are kept.
+        c_puct: Weight of PUCT's exploration bonus, above 0.
+        widening: Chunks that a node can have after its first visit, above 0.
+        widening_power: Growth of that number with the visit count, 0 to 1.
+        max_considered: Maximum number of chunks that the `"gumbel"` root considers.
+        batch_size: Concurrent simulations. More are faster for a single prompt, but less exact.
+        reuse_tree: Whether `act` reuses the tree of the previous decision with the same seed, at
+            no cost. The last 256 trees are kept.
 
     Example:
         >>> planner = MCTS(lm, reward, value, root_policy="gumbel")  # doctest: +SKIP
@@ -156,7 +156,7 @@ class MCTS(Planner):
                 raise ValueError(f"{name}: expected a number above 0, got {number}.")
 
     async def plan(self, search: Search) -> None:
-        """Decide chunk by chunk, from the root until the response ends or nothing is affordable."""
+        """Decide chunk by chunk until the response ends or the budget is exhausted."""
         if self.reuse_tree and search.round == 0:
             self._memory.recall(search, self.chunk_tokens)
         simulator = Simulator(self, search)
@@ -167,7 +167,7 @@ class MCTS(Planner):
             self._memory.keep(search)
 
     async def _decide(self, simulator: Simulator, node: Node) -> Node | None:
-        """Simulate from a node and choose the child to go on from; None where there is none."""
+        """Simulate from a node and return the child to move to, or None."""
         count = self._simulations(simulator, node)
         if self.root_policy == "puct":
             await simulator.run(node, count)
@@ -178,17 +178,17 @@ class MCTS(Planner):
             best = decision.chosen()
         if best is None:
             return None
-        # A response that ends with the next chunk may be as good as the child's mean.
+        # An ended child can be as good as the best child's mean.
         if any(end.is_terminal and end.mean >= best.mean for end in node.children):
             return None
         best.note = f"decided: {best.note}"
         return best
 
     def _simulations(self, simulator: Simulator, node: Node) -> int:
-        """Simulations of the decision at a node."""
+        """Number of simulations for the decision at a node."""
         search = simulator.search
-        # A simulation takes a chunk, so one whole path pays for one in each of the decisions left;
-        # or it takes a whole path itself.
+        # With a value, a simulation costs one chunk, so a whole path pays for one simulation in
+        # each decision left. With rollouts, each simulation costs a whole path.
         width = search.width(node, self.chunk_tokens if simulator.is_valued else None)
         if width is None:
             return self.num_simulations
@@ -199,7 +199,7 @@ class MCTS(Planner):
 
 
 class GumbelDecision:
-    """One decision, at a node, by Gumbel-top-k and sequential halving."""
+    """A decision at one node by Gumbel-top-k and sequential halving."""
 
     def __init__(self, planner: MCTS, simulator: Simulator, node: Node) -> None:
         self.planner, self.simulator, self.node = planner, simulator, node
@@ -208,19 +208,19 @@ class GumbelDecision:
         self.perturbed: FloatArray = np.zeros(0)
 
     async def simulate(self, count: int) -> None:
-        """Draw what is considered, and visit it by the schedule: so many simulations."""
+        """Sample the considered children and run `count` simulations by the schedule."""
         known = set(partial(self.node.children))
         wanted = min(self.planner.max_considered, count)
-        # Chunks that ended the response are not visited again, so others take their place.
+        # Ended chunks are not visited again, so others replace them.
         new = max(0, wanted - sum(child.copies for child in known))
         await self.simulator.complete([self.node] * new)
         self.considered, self.perturbed = self._most_favoured(wanted)
-        # What was drawn now was visited with it, whatever else came of a chunk drawn twice.
+        # Sampling a new child counts as its first visit, even if it was sampled twice.
         self.counts.update(child for child in self.considered if child not in known)
         await self._halve(count - new)
 
     def chosen(self) -> Node | None:
-        """The considered child that has the highest score of those visited most."""
+        """Return the considered child with the highest score among the most visited ones."""
         if not self.considered:
             return None
         most = max(self.counts[child] for child in self.considered)
@@ -242,13 +242,13 @@ class GumbelDecision:
         return [children[i] for i in first], noise[first]
 
     async def _halve(self, count: int) -> None:
-        """Visit the considered children by the schedule."""
+        """Visit the considered children by the schedule of sequential halving."""
         if not self.considered:
             return
         schedule = considered_visits(len(self.considered), count + self.counts.total())
         while self.counts.total() < len(schedule) and not self.simulator.is_broke:
             turn = schedule[self.counts.total()]
-            # No further than this turn: who goes on depends on its returns.
+            # Stop at the end of this turn: the next one depends on its returns.
             left = schedule[self.counts.total() :].count(turn)
             stems = []
             for _ in range(min(left, self.planner.batch_size)):
@@ -264,7 +264,7 @@ class GumbelDecision:
 
 
 def _robust(node: Node) -> Node | None:
-    """The child that has not ended with the highest mean, of those that were visited enough."""
+    """Return the non-terminal child with the highest mean among those visited enough."""
     children = partial(node.children)
     if not children:
         return None
@@ -273,14 +273,14 @@ def _robust(node: Node) -> Node | None:
     best = max(tried, key=lambda child: (child.mean, child.visits))
     visits = sum(child.visits for child in node.children)
     best.note = (
-        f"mean {best.mean:.4g}, the highest of {len(tried)} children visited enough; "
+        f"mean {best.mean:.4g}, highest of {len(tried)} children with enough visits; "
         f"{best.visits} of {visits} visits"
     )
     return best
 
 
 class Simulator:
-    """Runs simulations in one tree; it `is_broke` when a chunk could not be afforded."""
+    """Runs simulations in one tree; `is_broke` is set once a chunk is not affordable."""
 
     def __init__(self, planner: MCTS, search: Search) -> None:
         self.planner, self.search = planner, search
@@ -290,14 +290,14 @@ class Simulator:
         self._drawing: Counter[Node] = Counter()
 
     async def run(self, node: Node, count: int) -> None:
-        """Simulations from a node down, `batch_size` at a time."""
+        """Run simulations from a node, `batch_size` at a time."""
         while count > 0 and not self.is_broke:
             batch = min(count, self.planner.batch_size)
             await self.complete(self.descend(node) for _ in range(batch))
             count -= batch
 
     def descend(self, node: Node) -> Node:
-        """Go down from a node to one that draws a chunk; note that a simulation is under way."""
+        """Descend to a node that samples a chunk, marking the path as under way."""
         while True:
             self._under_way[node] += 1
             open_children = partial(node.children)
@@ -312,7 +312,7 @@ class Simulator:
             node = open_children[int(np.argmax(scores))]
 
     async def complete(self, stems: Iterable[Node]) -> None:
-        """Draw a chunk from each of the nodes and back up what it leads to."""
+        """Sample a chunk from each node and back up its return."""
         going = list(stems)
         while going and not self.is_broke:
             step = self._valued if self.is_valued else self._rolled_out
@@ -321,7 +321,7 @@ class Simulator:
         self._drawing.clear()
 
     def children(self, node: Node, children: Sequence[Node]) -> Children:
-        """What is known of some of a node's children, simulations under way counted as lost."""
+        """Statistics of some children; running simulations count as visits with no return."""
         copies = np.array([child.copies for child in children], float)
         under_way = np.array([self._under_way[child] for child in children], float)
         own_visits = np.array([child.visits for child in children], float)
@@ -343,13 +343,13 @@ class Simulator:
         )
 
     def _may_widen(self, node: Node) -> bool:
-        # The simulation that asks is under way already.
+        # The visit count includes the simulation that asks.
         visits = node.visits + self._under_way[node] - 1
         allowed = widened(visits, self.planner.widening, self.planner.widening_power)
         return node.samples + self._drawing[node] < allowed
 
     async def _valued(self, stems: Sequence[Node]) -> list[Node]:
-        """Value a new chunk of each node; those that drew a known one go on from there."""
+        """Value a new chunk of each node; return nodes to descend from after duplicates."""
         rows = await self.search.expand(
             Expansion(stem, 1, self.planner.chunk_tokens) for stem in stems
         )
@@ -362,12 +362,12 @@ class Simulator:
             (going if is_known and not child.is_terminal else leaves).append(child)
         for leaf in leaves:
             self._back_up(leaf)
-        # Only now, so that it sees the returns of this batch.
+        # Descend after the backup, to use the returns of this batch.
         return [self.descend(node) for node in going]
 
     async def _rolled_out(self, stems: Sequence[Node]) -> list[Node]:
-        """A complete response drawn from each node, its chunks nodes of the tree."""
-        # To the end, so `Search` leaves out stop texts: they end a chunk, but not a response.
+        """Roll out a response from each node and add its chunks to the tree."""
+        # Sampled to the end, so `Search` ignores stop texts, which end chunks but not responses.
         rows = await self.search.expand(Expansion(node, valued=False) for node in stems)
         self.is_broke = self.is_broke or not all(rows)
         ends = [end for row in rows for end in row]
@@ -376,21 +376,21 @@ class Simulator:
         return []
 
     def _back_up(self, leaf: Node) -> None:
-        """Add what a node is worth to it and those before it."""
+        """Add a node's value to itself and its ancestors."""
         value = leaf.worth
         assert value is not None
         for each in leaf.path():
             best = max(value, each.mean) if each.visits else value
             each.visits += 1
-            # With the maximum, so that `Node.mean` is it.
+            # Such that `Node.mean` equals the maximum.
             each.total = each.visits * best if self.planner.backup == "max" else each.total + value
 
 
 def _in_chunks(search: Search, ends: Sequence[Node], size: int) -> list[Node]:
-    """Put nodes `size` tokens apart between complete responses drawn in one piece and their roots.
+    """Insert nodes every `size` tokens between rolled-out responses and their start nodes.
 
-    A chunk of a longer draw is distributed as one drawn for itself (but for stop texts), so it is a
-    child like any other; beginnings that are there already are shared.
+    A chunk of a longer sample has the distribution of a separately sampled chunk (except for stop
+    texts), so it is a normal child. Existing prefixes are shared.
     """
     nodes = search.tree.nodes
     pieces = [end for end in dict.fromkeys(ends) if len(end.step()[1]) > size]
@@ -405,7 +405,7 @@ def _in_chunks(search: Search, ends: Sequence[Node], size: int) -> list[Node]:
 
 
 def _add_path(search: Search, end: Node, chunk_tokens: int) -> Node:
-    """Take a node from its parent, and add what leads to it in chunks, as often as it was drawn."""
+    """Detach a node from its parent and add its path in chunks, once for each copy."""
     parent, chunk = end.step()
     parent.children.remove(end)
     parent.samples -= end.copies
@@ -424,9 +424,9 @@ def _add_path(search: Search, end: Node, chunk_tokens: int) -> Node:
 
 @dataclass(frozen=True)
 class Children:
-    """What is known of a node's n children, and the value model's estimate of it (`raw_value`).
+    """Statistics of a node's n children, and the value model's estimate of the node (`raw_value`).
 
-    Visits, mean returns and prior are float64[n]; `node_value` is the mean return of the node.
+    `visits`, `values` (mean returns) and `prior` are float64[n]; `node_value` is the mean return.
     """
 
     visits: FloatArray
@@ -438,11 +438,11 @@ class Children:
 
 
 def puct_scores(children: Children, c_puct: float = 1.25) -> FloatArray:
-    """PUCT: rescaled value, plus a bonus for what the prior favours and few visits have tried.
+    """PUCT scores: rescaled values, plus a bonus for high priors and low visit counts.
 
     `value + c x prior x sqrt(N) / (1 + n)` with visits N of the node and n of the child, and
     `c = c_puct + log((N + 19653) / 19652)`. Sources: Schrittwieser et al., 2020, appendix B; mctx,
-    `muzero_action_selection`. Deviation: of equal scores the first wins, not one at random.
+    `muzero_action_selection`. Deviation: ties go to the first child, not to a random one.
     """
     visits = children.node_visits
     c = c_puct + math.log((visits + _C_BASE + 1) / _C_BASE)
@@ -451,7 +451,7 @@ def puct_scores(children: Children, c_puct: float = 1.25) -> FloatArray:
 
 
 def rescaled_values(children: Children) -> FloatArray:
-    """Values between 0, the lowest of the node and its children, and 1, the highest of them.
+    """Values rescaled to [0, 1] by the minimum and maximum over the node and its children.
 
     A child without visits gets 0. Source: mctx, `qtransform_by_parent_and_siblings`.
     """
@@ -467,11 +467,11 @@ def rescaled_values(children: Children) -> FloatArray:
 
 
 def completed_values(children: Children) -> FloatArray:
-    """Values, completed and scaled so that they can be added to logits.
+    """Completed values, scaled to be added to logits.
 
-    A child without visits gets the mixed value: the mean of the node's own estimate (weight 1; 0 if
-    it has none) and of the visited children's values, weighted by the prior (weight: the sum of
-    their visits). The values are rescaled to [0, 1] and multiplied by (50 + the largest visit
+    A child without visits gets the mixed value: the average of the node's own estimate (weight 1; 0
+    if it has none) and the visited children's prior-weighted mean value (weight: the sum of their
+    visits). The values are rescaled to [0, 1] and multiplied by (50 + the largest visit
     count) x 0.1. Source: Danihelka et al., 2022, section 3.4 and appendix D; mctx,
     `qtransform_completed_by_mix_value`.
     """
@@ -496,7 +496,7 @@ def _mixed_value(children: Children) -> float:
 
 
 def gumbel_interior_scores(children: Children) -> FloatArray:
-    """What is still missing of each child's share of the visits under the improved policy.
+    """Difference between the improved policy and each child's share of the visits.
 
     `softmax(log prior + completed values) - n / (1 + sum of n)`. Source: Danihelka et al., 2022,
     section 5; mctx, `gumbel_muzero_interior_action_selection`.
@@ -509,19 +509,19 @@ def gumbel_interior_scores(children: Children) -> FloatArray:
 def gumbel_root_scores(
     children: Children, perturbed: FloatArray, counts: FloatArray, considered: int
 ) -> FloatArray:
-    """Perturbed log-prior plus completed value, where a child has the visits `considered`.
+    """Perturbed log-priors plus completed values; minus infinity unless `counts == considered`.
 
-    `counts` are the visits of this decision. Source: Danihelka et al., 2022, algorithm 1; mctx,
+    `counts` are the visits within this decision. Source: Danihelka et al., 2022, algorithm 1; mctx,
     `score_considered`.
     """
     return np.where(counts == considered, perturbed + completed_values(children), -np.inf)
 
 
 def considered_visits(num_considered: int, num_simulations: int) -> tuple[int, ...]:
-    """The schedule of sequential halving: the visit count whose turn it is, for each simulation.
+    """Schedule of sequential halving: for each simulation, the visit count to consider.
 
-    Each simulation visits the best child among those with exactly that many visits: all children
-    equally often, then the better half of them, and so on, down to two. Source: Karnin et al.,
+    Each simulation visits the best child among those with exactly that many visits: first all
+    children equally often, then the better half, and so on, down to two. Source: Karnin et al.,
     "Almost Optimal Exploration in Multi-Armed Bandits", 2013; mctx,
     `seq_halving.get_sequence_of_considered_visits`.
 
@@ -543,12 +543,12 @@ def considered_visits(num_considered: int, num_simulations: int) -> tuple[int, .
 
 
 def perturbed_log_priors(copies: Sequence[int], rng: np.random.Generator) -> FloatArray:
-    """Gumbel noise plus log-prior of chunks of which only samples are known.
+    """Log-priors plus Gumbel noise, computed from samples of the chunks alone.
 
-    In a Poisson process of draws (rate 1) a chunk of probability p(a) first comes at an exponential
-    time of rate p(a), whose logarithm is distributed as `-(log p(a) + g(a))` (Maddison et al., "A*
-    Sampling", 2014): so samples alone give exact Gumbel-top-k. `copies` says how often each came,
-    at least once; their order is drawn here.
+    In a Poisson process of draws (rate 1), a chunk with probability p(a) first arrives after an
+    exponential time with rate p(a), whose logarithm is distributed as `-(log p(a) + g(a))`
+    (Maddison et al., "A* Sampling", 2014). Samples alone therefore give exact Gumbel-top-k.
+    `copies` has the number of draws of each chunk, at least 1; their order is drawn here.
     """
     order = rng.permutation(np.repeat(np.arange(len(copies)), copies))
     times = np.cumsum(rng.exponential(size=len(order)))
@@ -557,9 +557,9 @@ def perturbed_log_priors(copies: Sequence[int], rng: np.random.Generator) -> Flo
 
 
 def widened(visits: float, factor: float, power: float) -> int:
-    """How many chunks may have been drawn from a node: `ceil(factor x visits ^ power)`, at least 1.
+    """Maximum number of chunks of a node: `ceil(factor x visits ^ power)`, at least 1.
 
-    Source: Chaslot et al., "Progressive Strategies for Monte-Carlo Tree Search", 2008; the next
-    move is a sample, as in Couëtoux et al., "Continuous Upper Confidence Trees", 2011.
+    Source: Chaslot et al., "Progressive Strategies for Monte-Carlo Tree Search", 2008. The next
+    action is sampled, as in Couëtoux et al., "Continuous Upper Confidence Trees", 2011.
     """
     return max(1, math.ceil(factor * visits**power))

@@ -1,4 +1,4 @@
-"""Agents by name, for the command line and for comparisons."""
+"""Create agents by name, for the command line and comparisons."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from mbrl_text_env.values import ValueModel
 
 _SAMPLING = ("temperature", "top_p", "top_k")
 SHARED_OPTIONS = (*_SAMPLING, "value", "policy")
-"""Options of every agent, beside those of its constructor."""
+"""Options of every agent, in addition to its constructor's."""
 
 
 class AgentSpecError(ValueError):
-    """An agent's name or option that is not known, or a value that does not fit."""
+    """An agent's name or option is unknown, or an option has an invalid value."""
 
 
 def _named_agents() -> dict[str, type[Agent]]:
-    """The agents by name: classes of this folder's files that have one, and trained choices."""
+    """Named agent classes in this folder's modules, plus `CandidateAgent`."""
     files = [info.name for info in pkgutil.iter_modules(agents.__path__) if not info.ispkg]
     modules = [import_module(f"{agents.__name__}.{name}") for name in files if name != "registry"]
     found: list[type[Agent]] = [
@@ -45,12 +45,12 @@ _CLASSES: Mapping[str, Callable[..., Agent]] = _named_agents()
 
 
 def available() -> dict[str, str]:
-    """One line about each agent, by name."""
+    """Return a one-line description of each agent, by name."""
     return {name: first_line(cls) for name, cls in _CLASSES.items()}
 
 
 def options_of(name: str) -> dict[str, Any]:
-    """The options of an agent's own with their defaults, without `SHARED_OPTIONS`."""
+    """Return an agent's own options and their defaults, without `SHARED_OPTIONS`."""
     known = inspect.signature(_CLASSES[name]).parameters.values()
     own = [p for p in known if p.kind is p.KEYWORD_ONLY and not p.name.endswith("params")]
     return {p.name: p.default for p in own}
@@ -65,21 +65,21 @@ def make(
     policies: Mapping[str, Any] | None = None,
     **defaults: Any,
 ) -> Agent:
-    """Make an agent from a text such as `"best-of-n:n=8:temperature=1.0"`.
+    """Make an agent from a spec such as `"best-of-n:n=8:temperature=1.0"`.
 
     Args:
-        spec: A name, then options of its constructor. `temperature`, `top_p` and `top_k` say how
-            complete responses are drawn, `value` which of several value models is taken, and
-            `policy` which language model proposes.
-        value_model: For agents that take one; or several by name, of which an agent takes the one
-            that its option `value` names, or else the first.
-        policies: By the names that specs use (`policy=tuned`): language models that take the place
-            of `language_model`; and for the agent `candidates`, which has to name one, choices that
-            were trained (`mbrl_text_env.agents.model_free.load_policy`).
-        **defaults: Options that the spec does not name, such as `max_response_tokens`.
+        spec: A name, followed by constructor options. `temperature`, `top_p` and `top_k` set how
+            complete responses are sampled, `value` selects one of several value models by name,
+            and `policy` selects the language model.
+        value_model: For agents that use one. With a mapping of names to value models, an agent
+            uses the one named by its `value` option, or the first.
+        policies: Policies by the name that specs use (`policy=tuned`). Language models replace
+            `language_model`. The agent `candidates` requires a policy trained to choose among
+            chunks (`mbrl_text_env.agents.model_free.load_policy`).
+        **defaults: Options that apply unless the spec sets them, such as `max_response_tokens`.
 
     Raises:
-        AgentSpecError: The name or an option is unknown, or a value does not fit.
+        AgentSpecError: The name or an option is unknown, or a value is invalid.
     """
     name, options = parse_spec(spec)
     cls = _CLASSES[name]
@@ -89,10 +89,10 @@ def make(
     chosen: Any = next(iter(several.values()), None) if several is value_model else value_model
     if (value := options.pop("value", None)) is not None:
         chosen = _named(spec, "value", "value models", several, value)
-    # A language model samples; a trained choice among candidates does not.
+    # A language model samples chunks; a policy trained with PPO or DQN chooses among them.
     chooses, asked, policy = "policy" in known, options.pop("policy", None), None
     if asked is not None or chooses:
-        kind = "choice of train_ppo or train_dqn" if chooses else "policy"
+        kind = "policy from train_ppo or train_dqn" if chooses else "policy"
         fit = {key: p for key, p in (policies or {}).items() if hasattr(p, "sample") != chooses}
         policy = _named(spec, kind, "policies", fit, asked)
     for key, value in options.items():
@@ -114,17 +114,17 @@ def make(
 
 
 def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
-    """Split a spec such as `best-of-n:n=8` into its name and options; or an `AgentSpecError`."""
+    """Split a spec such as `best-of-n:n=8` into name and options, or raise an `AgentSpecError`."""
     name, *items = spec.strip().split(":")
     if name not in _CLASSES:
         known = f"{sorted(_CLASSES)}.{nearest(name, _CLASSES)}"
-        raise AgentSpecError(f"Unknown agent {name!r}; there are {known}")
+        raise AgentSpecError(f"Unknown agent {name!r}. Expected one of {known}")
     options: dict[str, Any] = {}
     for item in items:
         key, _, value = item.partition("=")
         key = key.strip()
         parameter = inspect.signature(_CLASSES[name]).parameters.get(key)
-        # Such as `root_policy` of MCTS.
+        # For example, `root_policy` of MCTS.
         is_word = isinstance(getattr(parameter, "default", None), str)
         options[key] = _value(spec, item, value, is_word or key in ("value", "policy"))
     return name, options
@@ -132,8 +132,8 @@ def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
 
 def _named(spec: str, kind: str, kinds: str, there: Mapping[str, Any], name: Any) -> Any:
     if name not in there:
-        known = sorted(there) or f"no {kinds} by name"
-        raise AgentSpecError(f"Agent {spec!r}: expected a {kind} of {known}, got {name!r}.")
+        known = sorted(there) or f"no {kinds}"
+        raise AgentSpecError(f"Agent {spec!r}: expected a {kind} (known: {known}), got {name!r}.")
     return there[name]
 
 

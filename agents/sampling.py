@@ -1,6 +1,6 @@
-"""Agents that sample complete responses: one, random tokens, the best of N, and votes.
+"""Agents that sample complete responses: one sample, random tokens, best-of-N, and voting.
 
-Votes over final answers (self-consistency) choose among samples without a reward model.
+Voting over final answers (self-consistency) needs no reward model.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from mbrl_text_env.rewards.verifiable.answers import extract_answer, last_number
 from mbrl_text_env.types import Budget, Chunk, Ledger, TextState, Usage, check_positive
 from mbrl_text_env.values import ValueModel
 
-# The article's number.
+# The article's N.
 _N_WITHOUT_BUDGET = 4
-# A cap on seconds is looked at between waves.
+# A budget in seconds is checked between waves.
 _MOST_A_WAVE = 16
 
 
 class Blind(Agent):
-    """Chooses among candidates without a look at what is behind them."""
+    """An agent that chooses among candidates without searching after them."""
 
     def choose(
         self,
@@ -37,19 +37,19 @@ class Blind(Agent):
         *,
         seed: int = 0,
     ) -> list[Choice]:
-        """Choose without searching, for nothing."""
+        """Choose without searching, at no cost."""
         return [
             Choice(self._index(state, len(row), seed), (None,) * len(row), Usage())
             for state, row in zip(states, candidates, strict=True)
         ]
 
     def _index(self, state: TextState, count: int, seed: int) -> int:
-        """The first: a sample from the language model like the others."""
+        """The first candidate: like the others, a sample from the language model."""
         return 0
 
 
 class Sampling(Blind):
-    """One response from the language model: the baseline that every search has to beat.
+    """Sample one response from the language model: the baseline for every search.
 
     `params=SamplingParams(temperature=0)` is greedy decoding. No reward model is needed.
     """
@@ -63,12 +63,12 @@ class Sampling(Blind):
 
 
 class RandomAgent(Blind):
-    """Random tokens, uniform over the vocabulary: the least that any agent can do, for nothing."""
+    """Sample tokens uniformly from the vocabulary: a lower bound for every agent, at no cost."""
 
     name = "random"
 
     async def search(self, state: TextState, ledger: Ledger, seed: int) -> Completion:
-        """Draw tokens until a stop token or the limit."""
+        """Sample tokens until a stop token or the limit."""
         lm, room = self.language_model, self._room(state)
         ids = stream(seed, state, 0).integers(lm.vocab_size, size=room).tolist()
         ended = [length for length, token in enumerate(ids, 1) if token in lm.stop_token_ids]
@@ -82,26 +82,26 @@ class RandomAgent(Blind):
 
 @dataclass(eq=False, kw_only=True)
 class BestOfN(Planner):
-    """Sample responses until there are N or the budget allows no more; keep the best.
+    """Sample responses until there are N or the budget is exhausted; keep the best.
 
-    A response is only begun if it could be finished and scored at its longest. What short responses
-    leave over is spent on more of them. Sample k of a prompt is the same whatever N is, so a larger
-    budget never gives a lower score. A response that was drawn before is not scored again.
+    A response is started only if the budget allows it at full length, with its score. Budget that
+    short responses leave unused pays for more responses. Sample k does not depend on N, so a larger
+    budget never lowers the score. Duplicate responses are scored once.
 
-    With `keep` below 1 hopeless samples are pruned: all of them are drawn chunk by chunk, and after
-    each chunk the share `keep` with the highest values goes on.
+    With `keep` below 1, samples with low values are pruned: all samples are generated chunk by
+    chunk, and after each chunk the fraction `keep` with the highest values continues.
 
-    With a `target` sampling ends with the wave in which a response scores as much. Waves begin with
-    one response and double.
+    With a `target`, sampling ends after the wave in which a response reaches it. Waves start with
+    one response and double in size.
 
     Source of the pruning: Sun et al., "Fast Best-of-N Decoding via Speculative Rejection", 2024.
-    Deviation: there a share is dropped whenever memory is full, here after every chunk.
+    Deviation: they drop a fraction whenever memory is full; here samples drop after every chunk.
 
     Args:
-        value_model: Says which samples are hopeless where `keep` is below 1.
-        n: N; None takes as many as the budget allows, or 4 (the article's number) without one.
-        keep: Share of the samples that goes on after each chunk (`chunk_tokens`), above 0.
-        target: The score from which on a response is good enough; None draws all of them.
+        value_model: Ranks the partial samples if `keep` is below 1.
+        n: Number of samples. None uses the budget, or 4 (the article's N) without one.
+        keep: Fraction of samples that continue after each chunk (`chunk_tokens`), in (0, 1].
+        target: Score at which sampling stops; None samples all N.
     """
 
     name = "best-of-n"
@@ -115,14 +115,14 @@ class BestOfN(Planner):
         check_positive(n=self.n)
         check_target(self.target)
         if not 0 < self.keep <= 1:
-            raise ValueError(f"keep: expected a share above 0 and up to 1, got {self.keep}.")
+            raise ValueError(f"keep: expected a number above 0 and up to 1, got {self.keep}.")
         if self.keep < 1 and self.value_model is None:
-            raise ValueError(f"keep={self.keep}: expected a value model to prune by, got none.")
+            raise ValueError(f"keep={self.keep}: pruning needs a value model, got none.")
         if self.keep < 1 and self.target is not None:
-            raise ValueError(f"Expected keep=1.0 with a target, got keep={self.keep}.")
+            raise ValueError(f"target: expected keep=1.0 with a target, got keep={self.keep}.")
 
     async def plan(self, search: Search) -> None:
-        """Sample one wave after the other, or one set of samples that is pruned."""
+        """Sample in waves, or prune one set of samples."""
         root, wanted = search.tree.root, self.n
         if wanted is None and not search.is_capped:
             wanted = _N_WITHOUT_BUDGET
@@ -137,11 +137,11 @@ class BestOfN(Planner):
                 return
 
     def values(self) -> ValueModel | None:
-        """The value model, where there is pruning."""
+        """The value model, if samples are pruned."""
         return self.value_model if self.keep < 1 else None
 
     def _most_at_once(self, state: TextState, budget: Budget) -> int:
-        """Samples that are not pruned have nothing in common but the prompt."""
+        """Unpruned samples share only the prompt, so the cache sets no limit."""
         return MOST_AT_ONCE if self.keep == 1 else super()._most_at_once(state, budget)
 
     async def _pruned(self, search: Search, wanted: int | None) -> None:
@@ -149,7 +149,7 @@ class BestOfN(Planner):
         if wanted is not None and root.samples >= wanted:
             return
         if search.is_capped:
-            # More would be begun than can be finished.
+            # Otherwise more samples would start than can finish.
             most = self._affordable(search)
             wanted = most if wanted is None else min(wanted, most)
         assert wanted is not None
@@ -160,14 +160,14 @@ class BestOfN(Planner):
                 for node, count in Counter(frontier).items()
             )
             drawn = [node for row in rows for node in row if not node.is_terminal]
-            # 0.28 x 25 is a little above 7 in floating point.
+            # 0.28 x 25 is slightly above 7 in floating point.
             kept = math.ceil(self.keep * len(drawn) - 1e-9)
-            # As often as they were drawn.
+            # Each node once for each time it was drawn.
             frontier = [best for best in search.ranked(drawn) for _ in range(drawn.count(best))]
             frontier = frontier[:kept]
 
     def _affordable(self, search: Search) -> int:
-        """How many samples can be begun if a share of them goes on after each chunk."""
+        """Number of samples to start if the fraction `keep` continues after each chunk."""
         root = search.tree.root
         full = search.width(root, self.chunk_tokens) or 0
         stages = math.ceil(search.room(root.state) / self.chunk_tokens)
@@ -177,20 +177,20 @@ class BestOfN(Planner):
 
 @dataclass(eq=False, kw_only=True)
 class Majority(Blind):
-    """Sample responses; answer with the first one whose final answer is the most frequent.
+    """Majority voting: sample responses and return the first one with the most frequent answer.
 
-    No reward model is needed or asked: the answer has no score. Of final answers that are equally
-    frequent, the one that was drawn first is taken; responses without one have no vote.
+    No reward model is used, so the response has no score. If answers are tied, the one sampled
+    first wins. Responses without a final answer have no vote.
 
     Source: Wang et al., "Self-Consistency Improves Chain of Thought Reasoning in Language Models",
     2023.
 
     Args:
-        n: Samples; None takes as many as the budget allows, or 4 without one.
-        extract: Where the final answer stands. `"number"`: the last number, or, where there is
-            none, the whole response; `"response"`: the whole response; any other word as in
-            `rewards.verifiable.answers`, such as `"####"`, `"last line"` or `"\\boxed"`. Or a
-            function from the response's text to something that can be compared, or None.
+        n: Number of samples. None uses the budget, or 4 without one.
+        extract: How to find the final answer. `"number"` takes the last number, or the whole
+            response if there is none. `"response"` takes the whole response. Other words, such as
+            `"####"`, `"last line"` or `"\\boxed"`, are those of `rewards.verifiable.answers`. A
+            function maps the response text to a hashable value, or to None for no answer.
 
     Example:
         >>> from mbrl_text_env.language_models import TableLM
@@ -210,18 +210,18 @@ class Majority(Blind):
         check_positive(n=self.n)
         if not callable(self.extract) and not (isinstance(self.extract, str) and self.extract):
             raise ValueError(
-                "extract: expected a word such as 'number', 'response' or '####', or a function of "
-                f"the response's text, got {self.extract!r}."
+                "extract: expected a word such as 'number', 'response' or '####', or a function "
+                f"of the response text, got {self.extract!r}."
             )
 
     async def search(self, state: TextState, ledger: Ledger, seed: int) -> Completion:
-        """Sample as often as wanted and allowed, and count the votes."""
+        """Sample up to `n` responses within the budget, then count the votes."""
         found: list[Completion] = []
         usage, start = self.language_model.usage_bound, len(prefix_of(state))
         is_capped = ledger.budget.ends(self.response_usage(state))
         wanted = self.n or (math.inf if is_capped else _N_WITHOUT_BUDGET)
         while left := min(_MOST_A_WAVE, wanted - len(found)):
-            # The ledger affords the first one, by contract, but for seconds that have passed.
+            # The ledger always affords the first sample, unless its seconds have run out.
             count = affordable(
                 ledger, lambda count: usage(start, [self._room(state)] * count), int(left)
             )
@@ -233,11 +233,11 @@ class Majority(Blind):
         return self._winner(found)
 
     def weight(self, completion: Completion) -> float:
-        """How much a sample's vote counts."""
+        """Weight of a sample's vote."""
         return 1.0
 
     def final_answer(self, text: str) -> Hashable | None:
-        """The final answer of a response, for comparison; None where it has none."""
+        """Return the final answer in a comparable form; None if there is none."""
         if callable(self.extract):
             return self.extract(text)
         whole = " ".join(text.split()) or None
@@ -249,7 +249,7 @@ class Majority(Blind):
         return extract_answer(text, self.extract)
 
     def _winner(self, found: list[Completion]) -> Completion:
-        """Of the answer with the most votes, the sample that counts most; the first of equals."""
+        """Return the sample of highest weight for the winning answer; the first if tied."""
         decode, votes = self.language_model.decode, defaultdict[Hashable, float](float)
         answers = [self.final_answer(decode(each.state.response_ids)) for each in found]
         weights = [self.weight(each) for each in found]
@@ -265,24 +265,24 @@ class Majority(Blind):
 
 @dataclass(eq=False, kw_only=True)
 class WeightedVote(Majority):
-    """`Majority` in which each sample counts with its probability, normalised by its length.
+    """Majority voting in which each vote is weighted by the sample's length-normalized probability.
 
-    That is the exponential of the mean log-probability (nats) of its tokens under the language
-    model itself, the "weighted sum (normalized)" of Wang et al., 2023. Of the samples with the
-    winning answer, the one that counts most is taken.
+    The weight is the exponential of the mean token log-probability (nats) under the language model
+    itself: the "weighted sum (normalized)" of Wang et al., 2023. Among samples with the winning
+    answer, the one with the highest weight is returned.
 
     Raises:
-        ValueError: The language model gives no log-probabilities with its samples.
+        ValueError: The language model returns no log-probabilities with its samples.
     """
 
     name = "weighted-vote"
 
     def weight(self, completion: Completion) -> float:
-        """The sample's probability a token: the geometric mean."""
+        """Geometric mean of the token probabilities."""
         logprobs = completion.logprobs
         if not logprobs:
             raise ValueError(
-                f"{self.name}: expected samples with the log-probabilities of their tokens, got "
-                f"none from {type(self.language_model).__name__}. Use 'majority'."
+                f"{self.name}: expected samples with token log-probabilities, got none from "
+                f"{type(self.language_model).__name__}. Use 'majority' instead."
             )
         return math.exp(sum(logprobs) / len(logprobs))

@@ -1,7 +1,7 @@
-"""Planners: agents that search a tree of chunks from each state, round after round.
+"""Planners: agents that search a tree of chunks from each state, in rounds.
 
-A planner says which nodes get how many children of what length (`Expansion`); `Search` draws and
-evaluates them, keeps the budget, and ends with a complete and scored response.
+A planner chooses which nodes to expand, with how many chunks of what length (`Expansion`). `Search`
+samples and evaluates the chunks, enforces the budget, and returns a complete, scored response.
 """
 
 from __future__ import annotations
@@ -44,41 +44,41 @@ from mbrl_text_env.values import (
     value_usage_bound,
 )
 
-# Chunks that may be drawn one after the other and lead nowhere new before a search gives up: so
-# many, or this many times those that were drawn before. What is new may be rare, and worth it.
+# A search stops after this many consecutive chunks that add no new state, or this many times the
+# chunks drawn before them. New states can be rare and still worth the cost.
 _PATIENCE = 64
 _PERSISTENCE = 8
-# Fewer searches side by side would make batches too small, whatever the cache can hold.
+# With fewer concurrent searches, batches would be too small, whatever the cache size.
 _FEWEST_AT_ONCE = 8
 
 
 @dataclass(frozen=True)
 class Expansion:
-    """Children that a node is to get, which has not ended: `count` chunks.
+    """A request to sample `count` chunks from a non-terminal node.
 
-    Without `scored`, complete responses among them are valued as partial ones are, and what one
-    score takes is kept back; `Search.evaluate` scores them.
+    If `scored` is false, complete responses are valued like partial ones, and the cost of one score
+    is reserved. `Search.evaluate` scores them later.
     """
 
     node: Node
     count: int = 1
-    tokens: int | None = None  # most tokens of a chunk; None draws to the end of the response
-    params: SamplingParams | None = None  # None for the search's own
-    valued: bool = True  # whether partial responses among them are valued
+    tokens: int | None = None  # maximum chunk length; None samples to the end of the response
+    params: SamplingParams | None = None  # None uses the search's own
+    valued: bool = True  # whether to value partial responses
     scored: bool = True
-    guard: Guard | None = None  # what their text may not become
+    guard: Guard | None = None  # rejects texts while they are sampled
 
 
 @dataclass(eq=False)
 class Search:
-    """A search from a state that has not ended: a tree, what evaluates it, the ledger that pays.
+    """A search from a non-terminal state: the tree, the models that evaluate it, and the ledger.
 
     Attributes:
-        drawn: Chunks drawn so far, repetitions included.
-        round: Rounds of planning before this one.
-        limit: Most tokens of a response to this prompt.
-        is_capped: Whether the budget ends a search that goes on and on.
-        is_short: Whether the budget did not allow all that was asked for in this round.
+        drawn: Chunks sampled so far, including repetitions.
+        round: Completed planning rounds.
+        limit: Maximum number of tokens in a response to this prompt.
+        is_capped: Whether the budget ends a search that would otherwise run forever.
+        is_short: Whether the budget did not allow everything requested in this round.
     """
 
     state: InitVar[TextState]
@@ -101,15 +101,15 @@ class Search:
         self.is_capped = self.ledger.budget.ends(self.finish_usage(self.tree.root.state))
 
     def room(self, state: TextState) -> int:
-        """Tokens that a response can still have; 0 where it has ended."""
+        """Tokens left for a response from `state`; 0 if it has ended."""
         return 0 if is_terminal(state) else max(0, self.limit - len(state.response_ids))
 
     async def expand(self, expansions: Iterable[Expansion]) -> list[list[Node]]:
-        """Draw chunks, add what they lead to, score what is complete and value the rest.
+        """Sample chunks, add the new states, score complete responses and value partial ones.
 
-        Where the budget does not allow all of it, every expansion gets fewer chunks, and then the
-        last ones get none. As long as there is no complete response, what finishing one takes is
-        kept back. Returned are the children of each expansion; one drawn twice stands twice.
+        If the budget is too small, all expansions get fewer chunks; if it does not allow one each,
+        the last expansions get none. The cost of finishing one response is reserved until there is
+        a complete one. Returns the children per expansion; a chunk sampled twice appears twice.
         """
         wanted = list(expansions)
         counts = self._affordable_counts(wanted)
@@ -131,7 +131,7 @@ class Search:
         return rows
 
     async def evaluate(self, nodes: Iterable[Node], *, scored: bool = True) -> None:
-        """Score complete responses and value partial ones (all, if not `scored`), each once."""
+        """Score complete responses (if `scored`) and value all other nodes, each node once."""
         new = [node for node in dict.fromkeys(nodes) if node.score is None]
         await self._score([node for node in new if scored and node.is_terminal])
         unfinished = [node for node in new if node.worth is None]
@@ -147,11 +147,11 @@ class Search:
                 node.details = {name: rows[i].tolist() for name, rows in estimate.details.items()}
 
     def ranked(self, nodes: Iterable[Node]) -> list[Node]:
-        """The partial responses among `nodes`, each once, those of highest value first."""
+        """Return the distinct partial responses among `nodes`, highest value first."""
         return sorted(partial(nodes), key=value_of, reverse=True)
 
     async def finish(self) -> Node:
-        """The best complete response; without one, the best partial one and more are finished."""
+        """Return the best complete response; if there is none yet, finish the best partial one."""
         root = self.tree.root
         if self.tree.best() is None:
             node = self._most_promising()
@@ -167,20 +167,20 @@ class Search:
         return best
 
     def has_reached(self, target: float | None) -> bool:
-        """Whether a complete response scores at least `target`; False where that is None."""
+        """Whether a complete response scores at least `target`; False if `target` is None."""
         best = self.tree.best()
         return target is not None and best is not None and (best.score or 0.0) >= target
 
     def width(self, node: Node, tokens: int | None, *, scored: bool = True) -> int | None:
-        """About how many candidates a chunk the budget allows from a node to the end, up to 4096.
+        """Estimate how many candidates per chunk the budget allows until the end, at most 4096.
 
-        None where no cap says: there is none, or only one on seconds. Each chunk of `tokens` is
-        evaluated; None stands for whole responses. Without `scored`, one of them all is scored.
+        Returns None if only seconds are capped, or nothing. Each chunk of `tokens` is evaluated;
+        `tokens=None` means whole responses. If `scored` is false, one response in total is scored.
         """
         room, path = self.room(node.state), self.drawing_usage(node.state)
         lengths = range(tokens or room, room, tokens or room)
         if self.value_model is not None and lengths:
-            # What a value takes grows about evenly with the length: the ends tell of all.
+            # The cost of a value is about linear in the length, so two lengths are enough.
             half = len(lengths) // 2
             for at, count in ((0, len(lengths) - half), (-1, half)):
                 state = stand_in(node.state, lengths[at])
@@ -201,7 +201,7 @@ class Search:
         return count
 
     def value_tokens(self, node: Node) -> float:
-        """About what valuing a response after a node costs, in generated tokens; 0 if unknown."""
+        """Estimated cost of valuing a response after `node`, in generated tokens; 0 if unknown."""
         room, drawing = self.room(node.state), self.drawing_usage(node.state).flops
         if self.value_model is None or not drawing > 0:
             return 0.0
@@ -209,14 +209,14 @@ class Search:
         return expected_value_usage(self.value_model, halfway).flops * room / drawing
 
     def finish_usage(self, state: TextState) -> Usage:
-        """The most that finishing a response and scoring it is charged."""
+        """Upper bound on the usage charged to finish and score a response."""
         if not (room := self.room(state)):
             return Usage()
         usage = self.language_model.usage_bound(len(prefix_of(state)), [room])
         return usage + reward_usage_bound(self.reward_model)
 
     async def _score(self, complete: Sequence[Node]) -> None:
-        """Score complete responses; one whose text was scored before is known."""
+        """Score complete responses; a text is scored once."""
         texts = [self.language_model.decode(node.state.response_ids) for node in complete]
         new = [text for text in dict.fromkeys(texts) if text not in self._scores]
         if new:
@@ -232,16 +232,16 @@ class Search:
             node.score, node.parts = self._scores[text]
 
     def most_reachable(self) -> float:
-        """The most that a response from the root can score; infinite where it is not known."""
+        """Upper bound on the score of a response from the root; infinite if unknown."""
         root = self.tree.root.state
         text = self.language_model.decode(root.response_ids)
         return float(reward_bounds(self.reward_model, [root.prompt], [text])[0])
 
     def score_of(self, text: str) -> float | None:
-        """The score of a response's text, charged unless it is known.
+        """Return the score of a response text. It is charged the first time.
 
-        None where the budget does not allow it beside one more response; minus infinity where it
-        cannot be scored.
+        Returns None if the budget does not allow it in addition to one more response, and minus
+        infinity if scoring fails.
         """
         prompt = self.tree.root.state.prompt
         if text not in self._scores:
@@ -249,7 +249,7 @@ class Search:
             if not self.ledger.affords(self.reward_model.usage(prompt, text) + keep):
                 return None
             try:
-                # Guards ask from within a call of the language model, in whatever thread that is.
+                # Guards call this from inside the language model, in any thread.
                 with ONE_AT_A_TIME:
                     found = score_responses(
                         self.reward_model, [prompt], [text], ledgers=[self.ledger]
@@ -266,7 +266,7 @@ class Search:
             self._scores[text] = float(scores.total[i]), scores.parts_of(i)
 
     async def _chunks(self, counted: Sequence[tuple[Expansion, int]]) -> list[list[Chunk]]:
-        """Draw so many chunks for each; no chunk number of a node is asked for twice."""
+        """Sample chunks for each expansion; a sample index of a node is never reused."""
         first = {expansion.node: expansion.node.samples for expansion, _ in counted}
         requests = []
         for each, count in counted:
@@ -281,7 +281,7 @@ class Search:
         return rows
 
     async def append(self, node: Node, chunk: Chunk) -> Node:
-        """Add a chunk that was not drawn, and score it where it ends the response."""
+        """Add a chunk that was not sampled; score it if it ends the response."""
         child = self._added(node, chunk)
         await self.evaluate([child] if child.is_terminal else [])
         return child
@@ -290,7 +290,7 @@ class Search:
         return self.tree.add(node, chunk, transition(node.state, chunk, self.limit))
 
     def _params(self, expansion: Expansion) -> SamplingParams:
-        """How an expansion is drawn; a stop text ends a chunk, but nothing drawn to the end."""
+        """Sampling parameters; stop texts end chunks, but not responses sampled to the end."""
         params = self.params if expansion.params is None else expansion.params
         return params if expansion.tokens is not None else replace(params, stop=())
 
@@ -309,7 +309,7 @@ class Search:
         return leading(affordable(self.ledger, lambda n: self._cost(wanted, leading(n)), count))
 
     def _cost(self, wanted: Sequence[Expansion], counts: Sequence[int]) -> Usage:
-        """The most that drawing and evaluating is charged, and finishing one response after it."""
+        """Upper bound on sampling and evaluating, plus finishing one response afterwards."""
         total, ends = Usage(), []
         for expansion, count in zip(wanted, counts, strict=True):
             if count:
@@ -319,28 +319,28 @@ class Search:
                 total += self._evaluation_bound(expansion) * count
                 ends.append(self.finish_usage(stand_in(state, length)))
                 if not expansion.scored:
-                    # Also at the very end, where what is scored by itself has paid already.
+                    # At the end too: `evaluate` scores these separately.
                     ends[-1] = ends[-1].maximum(reward_usage_bound(self.reward_model))
         if not ends or self.tree.best() is not None:
             return total
         return total + min(ends, key=lambda usage: usage.generated_tokens)
 
     def _evaluation_bound(self, expansion: Expansion) -> Usage:
-        """The most that evaluating one child is charged: a score if it ends, or else a value."""
+        """Upper bound on evaluating one child: a score if it ends the response, else a value."""
         bound, length = reward_usage_bound(self.reward_model), self._length(expansion)
         state = expansion.node.state
         if self.value_model is not None and not expansion.scored:
             bound = Usage()
         elif self.value_model is None or not expansion.valued or length == self.room(state):
             return bound
-        # A stop text can end a chunk after its first token, and what is left to roll out is longer.
+        # A stop text can end a chunk after one token, which leaves a longer rollout.
         for tokens in {length, 1} if self._params(expansion).stop else {length}:
             after = value_usage_bound(self.value_model, stand_in(state, tokens))
             bound = bound.maximum(after)
         return bound
 
     def drawing_usage(self, state: TextState) -> Usage:
-        """What drawing the rest of a response is charged, its prefix left out."""
+        """Usage of sampling the rest of a response, without its prefix."""
         usage, prefix = self.language_model.usage_bound, len(prefix_of(state))
         return usage(prefix, [self.room(state)]) - usage(prefix, [])
 
@@ -349,29 +349,29 @@ class Search:
         return room if expansion.tokens is None else min(expansion.tokens, room)
 
     def _most_promising(self) -> Node:
-        """The partial response of highest value that can be finished within the budget."""
+        """Return the partial response of highest value that the budget allows to finish."""
         nodes = [node for node in self.tree.nodes if not node.is_terminal]
         for node in sorted(nodes, key=lambda n: (value_of(n), n.depth), reverse=True):
             if self.ledger.affords(self.finish_usage(node.state)):
                 return node
-        # Time has run out: the nearest end.
+        # No time left: take the node closest to its end.
         return min(nodes, key=lambda node: self.room(node.state))
 
 
 @dataclass(eq=False)
 class Planner(Agent):
-    """An agent that searches a tree; a subclass implements `plan`, one round of its search.
+    """Base class of agents that search a tree; a subclass implements `plan`, one search round.
 
-    Without a budget there is one round. Under one, rounds are repeated in the same tree until what
-    is left does not afford another response, or many chunks in a row (64, or 8 times those before)
-    lead only to states that are known. The answer is the best of all complete responses that were
-    paid for, so a misleading value costs samples, never a better response that was seen.
+    Without a budget there is one round. With a budget, rounds continue in the same tree until the
+    rest of the budget is too small for another response, or many consecutive chunks (64, or 8 times
+    those before) add no new state. The answer is the best of all scored complete responses, so a
+    misleading value wastes samples but never discards a better response.
 
-    All planners take the arguments of `Agent` (the reward model is a must) and a `value_model`,
-    which estimates the final reward of partial responses; a number out of range is a ValueError.
+    All planners take the arguments of `Agent`, with a required reward model, and a `value_model`
+    that estimates the final reward of partial responses. A number out of range is a ValueError.
 
     Example:
-        >>> class Deepening(Planner):  # three samples of one token, the best of them finished
+        >>> class Deepening(Planner):  # sample three one-token chunks, finish the best one
         ...     name = "deepening"
         ...     async def plan(self, search):
         ...         [row] = await search.expand([Expansion(search.tree.root, 3, tokens=1)])
@@ -383,14 +383,14 @@ class Planner(Agent):
     _watched: dict[TextState, SearchTree] | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        # None is no reward to plan for.
+        # Reject None: planning needs a reward.
         self.reward_model = as_reward_model(self.reward_model)
         super().__post_init__()
         check_value_fits(self.value_model, self.language_model, self.reward_model)
 
     @abstractmethod
     async def plan(self, search: Search) -> None:
-        """Search for one round; `search.expand` returns fewer children when the budget ends."""
+        """Run one round; `search.expand` returns fewer children once the budget is exhausted."""
 
     async def search(self, state: TextState, ledger: Ledger, seed: int) -> Completion:
         """Plan in rounds; see `Agent.search`."""
@@ -424,28 +424,28 @@ class Planner(Agent):
     def explore(
         self, prompts: Sequence[Prompt], budget: Budget | None = None, *, seed: int = 0
     ) -> list[tuple[Generation, SearchTree]]:
-        """`generate` for different prompts, with the tree behind each answer."""
+        """Run `generate` for distinct prompts and also return each search tree."""
         watched = copy.copy(self)
         watched._watched = {}
         generations = watched.generate(prompts, budget, seed=seed)
         trees = {state.prompt.id: tree for state, tree in watched._watched.items()}
         if twice := len(prompts) - len(trees):
             raise ValueError(
-                f"explore: expected different prompts, got {twice} of {len(prompts)} more than "
-                "once. Leave out the repetitions."
+                f"explore: expected distinct prompts, got {twice} of {len(prompts)} more than "
+                "once. Remove the duplicates."
             )
         return [(generation, trees[generation.prompt.id]) for generation in generations]
 
     def response_usage(self, state: TextState) -> Usage:
-        """The most that one scored response from `state` is charged."""
+        """Upper bound on the usage charged for one scored response from `state`."""
         return super().response_usage(state) + reward_usage_bound(self.reward_model)
 
     def values(self) -> ValueModel | None:
-        """What values partial responses in a search; None where nothing does."""
+        """The value model for partial responses, or None."""
         return self.value_model
 
     def _most_at_once(self, state: TextState, budget: Budget) -> int:
-        """Searches whose texts the prefix cache can hold, about; more would drive out their own."""
+        """Searches whose prefixes fit in the cache together; more would evict each other's."""
         kept = self.language_model.cache_tokens
         prefix = len(prefix_of(state))
         caps: list[float] = [] if budget.tokens is None else [budget.tokens]
@@ -459,7 +459,7 @@ class Planner(Agent):
 
 
 def affordable(ledger: Ledger, cost: Callable[[int], Usage], at_most: int) -> int:
-    """The largest count from 0 to `at_most` whose cost, which grows, the ledger affords."""
+    """The largest count in [0, `at_most`] that the ledger affords; `cost` must be increasing."""
     low, high = 0, at_most
     while low < high:
         middle = (low + high + 1) // 2
@@ -468,18 +468,18 @@ def affordable(ledger: Ledger, cost: Callable[[int], Usage], at_most: int) -> in
 
 
 def check_target(target: float | None) -> None:
-    """Raise a ValueError for a target that no score reaches because it is not a number."""
+    """Raise a ValueError if the target is NaN."""
     if target is not None and math.isnan(target):
         raise ValueError("target: expected a score, or None to spend the whole budget, got nan.")
 
 
 def value_of(node: Node) -> float:
-    """Its estimated value; minus infinity where there is none."""
+    """The node's estimated value; minus infinity if it has none."""
     return float("-inf") if node.value is None else node.value
 
 
 def stand_in(state: TextState, new_tokens: int) -> TextState:
-    """A state with as many more tokens, for costs: the prompt's, for they decode to real text."""
+    """A longer state to estimate costs with; it repeats the prompt, which decodes to real text."""
     source = state.prompt_ids or (0,)
     repeats = -(-new_tokens // len(source))
     ids = (source * repeats)[:new_tokens]

@@ -1,4 +1,4 @@
-"""The tree of a search: states that were reached, the chunks between them, and what is known."""
+"""Search trees: nodes are states; edges are sampled chunks."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from mbrl_text_env.types import Chunk, TextState
 
 @dataclass(eq=False)
 class Node:
-    """A state that a search has reached."""
+    """A state in a search tree."""
 
-    index: int  # its place in `SearchTree.nodes`
+    index: int  # position in `SearchTree.nodes`
     state: TextState
-    parent: Node | None = None  # the state before; None at the root
-    chunk: Chunk | None = None  # leads here from it
-    children: list[Node] = field(default_factory=list)  # a chunk drawn twice is one child
-    samples: int = 0  # chunks drawn from here, repetitions included
-    copies: int = 1  # how often this node was drawn from its parent
-    value: float | None = None  # the value model's mean, where it was asked
-    std: float = 0.0  # its standard deviation
-    details: Mapping[str, Any] = field(default_factory=dict)  # of its estimate, by name
-    score: float | None = None  # the reward of a complete response, where it was asked
+    parent: Node | None = None  # None at the root
+    chunk: Chunk | None = None  # the action that leads from the parent to here
+    children: list[Node] = field(default_factory=list)  # a chunk sampled twice is one child
+    samples: int = 0  # chunks sampled from here, including repetitions
+    copies: int = 1  # number of times this node was sampled from its parent
+    value: float | None = None  # the value model's mean, or None
+    std: float = 0.0  # the value model's standard deviation
+    details: Mapping[str, Any] = field(default_factory=dict)  # of the value estimate, by name
+    score: float | None = None  # the reward of a complete response, or None
     parts: Mapping[str, float] = field(default_factory=dict)
-    visits: int = 0  # in searches that count
-    total: float = 0.0  # of the returns backed up
+    visits: int = 0  # visit count, in searches that use one
+    total: float = 0.0  # sum of the returns backed up
     perturbed: float | None = None  # log-probability plus Gumbel noise, without replacement
-    note: str = ""  # why the search went on from here, or did not
+    note: str = ""  # why the search continued from here, or did not
 
     @property
     def is_terminal(self) -> bool:
@@ -40,40 +40,40 @@ class Node:
 
     @property
     def worth(self) -> float | None:
-        """The score of a complete response, the estimated value of a partial one, or None."""
+        """The score of a complete response, or else the estimated value, or None."""
         return self.score if self.score is not None else self.value
 
     @property
     def mean(self) -> float:
-        """Mean of the returns backed up through here; NaN before the first."""
+        """Mean return backed up through this node; NaN without visits."""
         return self.total / self.visits if self.visits else float("nan")
 
     @property
     def depth(self) -> int:
-        """Chunks from the root."""
+        """Number of chunks from the root."""
         return sum(1 for _ in self.path()) - 1
 
     def path(self) -> Iterator[Node]:
-        """This node and those before it, up to the root."""
+        """Yield this node and its ancestors, up to the root."""
         node: Node | None = self
         while node is not None:
             yield node
             node = node.parent
 
     def step(self) -> tuple[Node, Chunk]:
-        """The node before and the chunk from there; a ValueError at the root."""
+        """Return the parent and the chunk from it; a ValueError at the root."""
         if self.parent is None or self.chunk is None:
             raise ValueError("step: expected a node below the root, got the root.")
         return self.parent, self.chunk
 
     def logprobs(self) -> tuple[float, ...]:
-        """Log-probability (nats) of each token from the root to here."""
+        """Log-probability (nats) of each token from the root to this node."""
         chunks = [node.chunk for node in self.path() if node.chunk is not None]
         return tuple(value for chunk in reversed(chunks) for value in chunk.logprobs)
 
 
 class SearchTree:
-    """All states that a search has reached from one, and which it has `chosen` as the answer."""
+    """The states that a search has reached; `chosen` is the answer's node."""
 
     def __init__(self, state: TextState) -> None:
         self.nodes = [Node(0, state)]
@@ -81,11 +81,11 @@ class SearchTree:
 
     @property
     def root(self) -> Node:
-        """Where the search started."""
+        """The node at which the search started."""
         return self.nodes[0]
 
     def add(self, parent: Node, chunk: Chunk, state: TextState) -> Node:
-        """The child that a drawn chunk leads to; the one that is there if it was drawn before."""
+        """Return the child for a sampled chunk, which is new or exists already."""
         parent.samples += 1
         for child in parent.children:
             if child.state == state:
@@ -97,15 +97,15 @@ class SearchTree:
         return child
 
     def complete(self) -> list[Node]:
-        """The complete responses that have a score."""
+        """Return the scored complete responses."""
         return [node for node in self.nodes if node.score is not None]
 
     def best(self) -> Node | None:
-        """The complete response with the highest score; the first of equals."""
+        """Return the complete response with the highest score; the first if tied."""
         return max(self.complete(), key=attrgetter("score"), default=None)
 
     def to_dict(self, tokenizer: Tokenizer) -> dict[str, Any]:
-        """JSON values: the prompt, and every node with its text, worth, visits and note."""
+        """Convert to JSON values: the prompt, and each node's text, value, visits and note."""
         on_path = set() if self.chosen is None else {node.index for node in self.chosen.path()}
         return {
             "prompt_id": self.root.state.prompt.id,
@@ -141,5 +141,5 @@ def _node_dict(node: Node, tokenizer: Tokenizer, on_path: set[int]) -> dict[str,
 
 
 def partial(nodes: Iterable[Node]) -> list[Node]:
-    """The responses among `nodes` that have not ended, each once."""
+    """Return the distinct non-terminal nodes, in order."""
     return [node for node in dict.fromkeys(nodes) if not node.is_terminal]

@@ -238,7 +238,7 @@ class TestSamplingWithoutReplacement:
     def test_the_estimate_needs_a_sample(self):
         for options in ({"n": 1, "stochastic": True}, {"n": 3}):
             _, tree, _ = search(SMALL, max_response_tokens=2, **options)
-            with pytest.raises(ValueError, match="two sampled answers at least, got"):
+            with pytest.raises(ValueError, match="at least two sampled answers, got"):
                 expected_score(tree)
 
     def test_conditioned_gumbels(self):

@@ -225,7 +225,7 @@ class TestRunning:
         async def search() -> None:
             await asyncio.sleep(0)
 
-        with pytest.raises(TypeError, match="It can only wait for models"):
+        with pytest.raises(TypeError, match="It can only await model calls"):
             run([search])
 
 

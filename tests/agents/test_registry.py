@@ -62,9 +62,9 @@ def test_a_policy_is_named():
 
     assert built("beam").language_model is LM
     assert built("beam:policy=tuned:chunk_tokens=4").language_model is tuned
-    with pytest.raises(AgentSpecError, match=r"expected a policy of \['tuned'\], got 'other'"):
+    with pytest.raises(AgentSpecError, match=r"\(known: \['tuned'\]\), got 'other'"):
         built("beam:policy=other")
-    with pytest.raises(AgentSpecError, match="no policies by name, got 'tuned'"):
+    with pytest.raises(AgentSpecError, match=r"known: no policies\), got 'tuned'"):
         build("beam:policy=tuned")
 
 
@@ -84,10 +84,10 @@ def test_a_trained_choice_is_named():
     assert (agent.max_response_tokens, agent.chunk_tokens) == (7, 3)
     for spec in ("candidates", "candidates:policy=tuned"):
         with pytest.raises(
-            AgentSpecError, match=r"a choice of train_ppo or train_dqn of \['ppo'\]"
+            AgentSpecError, match=r"a policy from train_ppo or train_dqn \(known: \['ppo'\]\)"
         ):
             built(spec)
-    with pytest.raises(AgentSpecError, match=r"a policy of \['tuned'\], got 'ppo'"):
+    with pytest.raises(AgentSpecError, match=r"a policy \(known: \['tuned'\]\), got 'ppo'"):
         built("beam:policy=ppo")
     choice.reward_name = "another"
     with pytest.raises(AgentSpecError, match="trained with the reward 'another'"):

@@ -117,7 +117,5 @@ def test_refusals():
         with pytest.raises(ValueError, match="expected"):
             Majority(LM, **options)
     state = TextState(PROMPTS[0], (1,), (2, 0), "stop")
-    with pytest.raises(
-        ValueError, match="log-probabilities of their tokens, got none from NGramLM"
-    ):
+    with pytest.raises(ValueError, match="token log-probabilities, got none from NGramLM"):
         WeightedVote(LM).weight(Completion(state))

@@ -71,7 +71,7 @@ def test_policies_by_name(tmp_path, smollm2):
     assert result.exit_code == 0, result.output
     rows = read_rows(tmp_path / "o" / "results.jsonl")
     assert {row["agent"] for row in rows} == set(agents.split(","))
-    for wrong, message in ((["--policy", "mine"], "NAME=FOLDER"), ([], "no policies by name")):
+    for wrong, message in ((["--policy", "mine"], "NAME=FOLDER"), ([], "known: no policies")):
         result = run("compare", *words, *wrong, "--out", tmp_path / "p", *SMALL)
         assert result.exit_code == 2
         assert message in " ".join(result.output.split())
