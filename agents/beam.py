@@ -173,7 +173,7 @@ class Adaptive(Planner):
             raise ValueError(f"value_share: expected a number above 0, got {self.value_share}.")
         for name in ("margin", "caution"):
             if not (number := getattr(self, name)) >= 0:
-                raise ValueError(f"{name}: expected a number of at least 0, got {number}.")
+                raise ValueError(f"{name}: expected 0 or more, got {number}.")
 
     async def plan(self, search: Search) -> None:
         """Run one search from the root to the end of the responses."""

@@ -1,4 +1,4 @@
-"""Scored answers of any agent to many prompts, and which of them a policy is to be tuned on."""
+"""Collect an agent's scored answers to many prompts, and select those to fine-tune on."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from mbrl_text_env.runs import Each, in_order, in_turn
 from mbrl_text_env.types import Budget, Ledger, Prompt
 
 HINTED = "+hint"
-"""Ends the agent's name in records of answers that were found with a hint."""
+"""Suffix of the agent's name in records of answers found with a hint."""
 
 CORRECT = 1.0
-"""Score of a correct response under the verifiable rewards."""
+"""Score of a correct response under verifiable rewards."""
 
 Hint = Callable[[Prompt], Prompt | None]
-"""A prompt with a hint, with the same id and metadata; None where there is nothing to tell."""
+"""Returns a prompt with a hint and the same id and metadata, or None if there is no hint."""
 
 
 def collect_answers(
@@ -44,33 +44,33 @@ def collect_answers(
     ledger: Ledger | None = None,
     each: Each = in_turn,
 ) -> dict[str, str]:
-    """Answer prompts with an agent, and write every answer with its score.
+    """Answer prompts with an agent and write every scored answer as a record.
 
     Args:
-        agent: With a reward model, which scores the answers of agents that ask for no score too.
-        prompts: Of different ids.
-        answers: To each prompt, of different seeds.
-        budget: Caps on each answer.
-        batch_prompts: Prompts that are answered together.
-        hint: Where no answer to a prompt is correct (`CORRECT`), it is answered as often again with
-            this hint. The record is then of the prompt without the hint, its agent's name ends in
-            `HINTED`, and it has no log-probabilities, for these would be of another prompt.
-        ledger: Is charged for all.
-        each: Where the batches are answered (`RayWorkers`). Elsewhere than here each begins with an
-            empty prefix cache, so that what prompts share is computed once a batch.
+        agent: An agent with a reward model. The reward also scores unscored answers.
+        prompts: Prompts with distinct ids.
+        answers: Number of answers per prompt, with different seeds.
+        budget: Budget of each answer.
+        batch_prompts: Prompts per batch.
+        hint: If no answer to a prompt is correct (`CORRECT`), the prompt is answered the same
+            number of times with this hint. These records have the prompt without the hint, an agent
+            name that ends in `HINTED`, and no log-probabilities, which depend on the hint.
+        ledger: Charged for everything.
+        each: Runs the batches (for example `RayWorkers`). On workers, each batch starts with an
+            empty prefix cache, so a prefix that prompts share is computed once per batch.
 
     Returns:
-        The error of each prompt that was left out, with a warning, for an answer to it cannot be
-        scored, by its id. If those are all prompts, that is a `RewardError`.
+        The error of each skipped prompt, by prompt id. A prompt is skipped with a warning if an
+        answer cannot be scored; a `RewardError` is raised if all prompts are skipped.
     """
     starts = range(0, len(prompts), batch_prompts)
     batches = [prompts[start : start + batch_prompts] for start in starts]
     answering = _Answering(agent, answers, budget, seed, hint, is_fresh=each is not in_turn)
     failed: dict[str, str] = {}
-    # What is learned of the records depends on their order.
+    # Learning depends on the order of the records.
     for records, usage, lacking in in_order(each(answering.batch, batches)):
         for name, error in lacking.items():
-            warnings.warn(f"Left out prompt {name!r}: {error}", stacklevel=2)
+            warnings.warn(f"Skipped prompt {name!r}: {error}", stacklevel=2)
         failed |= lacking
         if ledger is not None:
             ledger.charge(usage)
@@ -86,7 +86,7 @@ def collect_answers(
 
 @dataclass(frozen=True)
 class _Answering:
-    """How `collect_answers` answers a batch; `is_fresh`: as if it were the first."""
+    """Answers one batch of `collect_answers`; `is_fresh` clears the cache first."""
 
     agent: Agent
     answers: int
@@ -114,16 +114,16 @@ class _Answering:
 
 
 class FilterError(ValueError):
-    """A filter that leaves too little to learn from, or whose settings are out of range."""
+    """A filter keeps too few responses, or its settings are out of range."""
 
 
 @dataclass(frozen=True)
 class FilterSettings:
-    """A chain of filters, applied in the order of the fields; None leaves one out.
+    """A chain of filters, applied in the order of the fields; None disables a filter.
 
-    Responses to a prompt with the same tokens count once (`distinct`); then come the least score
-    (`CORRECT` for correct ones only), the share of all responses with the highest scores, rounded
-    up, and the most responses to each prompt. Of equal scores the first is taken.
+    `distinct` drops duplicate responses to a prompt (same tokens). `threshold` is the minimum score
+    (`CORRECT` keeps only correct ones). `top_fraction` keeps the best fraction of all responses,
+    rounded up. `best_of_prompt` is the maximum per prompt. Ties go to the first response.
 
     Example:
         >>> FilterSettings(threshold=CORRECT, best_of_prompt=1)
@@ -139,23 +139,23 @@ class FilterSettings:
         check = partial(expect, self, error=FilterError)
         least, share, most = self.threshold, self.top_fraction, self.best_of_prompt
         check("threshold", least is None or math.isfinite(least), "a finite score")
-        check("top_fraction", share is None or 0 < share <= 1, "a share above 0 and up to 1")
+        check("top_fraction", share is None or 0 < share <= 1, "a number above 0 and up to 1")
         check("best_of_prompt", most is None or most >= 1, "at least 1")
 
 
 def select(records: Sequence[Record], settings: FilterSettings) -> list[Record]:
-    """The records that a chain of filters leaves, in their order; below two, a `FilterError`."""
+    """Return the records that pass the filters, in order; a `FilterError` if fewer than two."""
     first: dict[Any, int] = {}
     for i, record in enumerate(records):
         key = (record.prompt_id, record.response_ids) if settings.distinct else i
         first.setdefault(key, i)
     scores, num_distinct = scores_of(records), len(first)
-    # Places, the highest score first.
+    # Indices, highest score first.
     kept = sorted(first.values(), key=lambda i: -scores[i])
     if settings.threshold is not None:
         kept = [i for i in kept if scores[i] >= settings.threshold]
     if settings.top_fraction is not None:
-        # 0.1 x 30 is a little above 3 in floating point.
+        # 0.1 x 30 is slightly above 3 in floating point.
         kept = kept[: math.ceil(settings.top_fraction * len(kept) - 1e-9)]
     if settings.best_of_prompt is not None:
         rows: dict[str, list[int]] = defaultdict(list)
@@ -164,23 +164,23 @@ def select(records: Sequence[Record], settings: FilterSettings) -> list[Record]:
         kept = [i for row in rows.values() for i in row[: settings.best_of_prompt]]
     if len(kept) < 2:
         raise FilterError(
-            f"Expected a filter that leaves at least two responses, got {len(kept)} of "
-            f"{len(records)} ({num_distinct} of them different) with {settings}. "
-            f"{scores_described(records)} Lower the threshold, raise top_fraction or "
-            "best_of_prompt, or collect more responses, or with a stronger planner."
+            f"Expected a filter that keeps at least two responses, got {len(kept)} of "
+            f"{len(records)} ({num_distinct} of them distinct) with {settings}. "
+            f"{scores_described(records)} Lower threshold, raise top_fraction or "
+            "best_of_prompt, collect more responses, or use a stronger planner."
         )
     return [records[i] for i in sorted(kept)]
 
 
 def scores_described(records: Sequence[Record]) -> str:
-    """The distribution of scores, in a sentence."""
+    """Describe the distribution of scores in a sentence."""
     if not records:
         return "There are no scores."
     scores = scores_of(records)
     low, lower, middle, upper, high = np.quantile(scores, [0, 0.25, 0.5, 0.75, 1])
     [(common, count)] = Counter(scores).most_common(1)
     return (
-        f"The {len(scores)} scores of {len({r.prompt_id for r in records})} prompts go from "
+        f"The {len(scores)} scores of {len({r.prompt_id for r in records})} prompts range from "
         f"{low:.4g} to {high:.4g}, quartiles {lower:.4g}, {middle:.4g} and {upper:.4g}; the most "
         f"frequent is {common:.4g} ({count} times)."
     )

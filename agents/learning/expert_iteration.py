@@ -1,4 +1,4 @@
-"""Expert iteration: a policy answers with an agent's help, and learns its best answers."""
+"""Expert iteration: a policy answers prompts with a planner and is tuned on the best answers."""
 
 from __future__ import annotations
 
@@ -59,35 +59,35 @@ from mbrl_text_env.values import ValueModel
 Note = dict[str, Any]
 
 _FEW_PROMPTS = 500
-# In a value's stage: what it is fitted on, and the value.
+# Parts of the value stage: the records it is fitted on, and the value model.
 _RECORDS, _MODEL = "records", "model"
-# What may differ when a loop goes on: it decides how far the loop goes, not what an iteration does.
+# Settings that may change on resuming: they decide when the loop ends, not what iterations do.
 _ADJUSTABLE = ("iterations", "patience")
 
 
 @dataclass(eq=False, repr=False)
 class ExpertIteration:
-    """The loop of collecting, filtering, tuning and refitting, kept in a folder.
+    """Expert iteration: collect answers, filter them, tune the policy and refit the value.
 
-    A call of `run` that was stopped, or killed at any moment, goes on from the last whole stage
-    when it is made again, to the same result.
+    All state is kept in a folder. If `run` is stopped or killed at any moment, the same call
+    resumes after the last complete stage and gives the same result.
 
     Sources: Anthony et al., "Thinking Fast and Slow with Deep Learning and Tree Search", NeurIPS
     2017; for the variants see `mbrl_text_env.agents.learning.presets`.
 
     Args:
         language_model: The base model.
-        train: Prompts to answer; below 500 there is a warning, as the article advises.
-        validation: Prompts to measure on, of other ids.
-        settings: What an iteration does; see `star`, `rest_em`, `rejection_sampling`, `planned`.
-        improver: Makes a policy of answers: `LoraImprover`, or an object with its methods.
-        gold_model: A trusted reward that nothing is selected by.
-        value_model: A value of the settings' kind that was fitted for the base model already;
-            None fits one.
-        encoder: Of value models that embed texts; None for MiniLM.
-        hint: How prompts are hinted, where the settings say so.
-        on_stage: Called with iteration and name of each stage that begins.
-        each: Where prompts are answered (`RayWorkers`); all else is done here.
+        train: Prompts to answer. Fewer than 500 give a warning, as the article advises.
+        validation: Prompts to evaluate on, with other ids.
+        settings: The settings of an iteration; see `star`, `rest_em`, `rejection_sampling` and
+            `planned`.
+        improver: Trains a policy on answers: `LoraImprover`, or an object with the same methods.
+        gold_model: A trusted reward that is only evaluated, never used for selection.
+        value_model: A fitted value model for the base model, of the settings' kind. None fits one.
+        encoder: Text encoder of value models that use one; None for MiniLM.
+        hint: Adds a hint to a prompt, if the settings use hints.
+        on_stage: Called with the iteration and name of each stage that starts.
+        each: Runs the batches of prompts (for example `RayWorkers`); all else runs in this process.
 
     Example:
         >>> loop = ExpertIteration(
@@ -118,25 +118,25 @@ class ExpertIteration:
     def __post_init__(self) -> None:
         self.reward_model = self._reward = as_reward_model(self.reward_model)
         self._gold = None if self.gold_model is None else as_reward_model(self.gold_model)
-        # A policy is not measured on what it was tuned on.
+        # Validation prompts must not be tuned on.
         both = [*self.train, *self.validation]
         lists = (("train", self.train), ("validation", self.validation), ("both", both))
         for name, prompts in lists:
             check_prompts(prompts, self._reward, noun=name, error=LoopError)
         if self.value_model is not None and self.settings.value is None:
-            raise LoopError("value_model: expected settings.value beside it, the kind to refit.")
+            raise LoopError("value_model: set settings.value as well, the kind of model to refit.")
         self._serving: tuple[int, LanguageModel] = (0, self.language_model)
 
     def run(self) -> LoopResult:
-        """Run, or go on, to the last iteration.
+        """Run or resume the loop until the last iteration.
 
         Raises:
-            LoopError: The folder is of another loop, or damaged, or cannot be written.
-            NoSignalError: All answers of the first iteration have one score.
-            FilterError: The filter leaves fewer than two answers.
-            ValueModelError: `stale_value="error"`, and a policy would be searched with the value
-                of another one.
-            KeyboardInterrupt: It was stopped; the same call goes on.
+            LoopError: The folder belongs to another loop, is damaged, or is not writable.
+            NoSignalError: All answers of the first iteration have the same score.
+            FilterError: The filter keeps fewer than two answers.
+            ValueModelError: With `stale_value="error"`, a policy would be searched with the value
+                model of another policy.
+            KeyboardInterrupt: The loop was stopped; the same call resumes it.
         """
         with (
             stages.told_where(self.folder, "the start"),
@@ -144,9 +144,9 @@ class ExpertIteration:
         ):
             if len(self.train) < _FEW_PROMPTS:
                 warnings.warn(
-                    f"{len(self.train)} train prompts: with fewer than {_FEW_PROMPTS} a policy "
-                    "may learn these prompts by heart rather than what is asked of it. Watch the "
-                    "validation prompts, or add prompts.",
+                    f"{len(self.train)} train prompts: with fewer than {_FEW_PROMPTS}, a policy "
+                    "can memorize the prompts instead of learning the task. Watch the "
+                    "validation score, or add prompts.",
                     stacklevel=2,
                 )
             done: list[IterationReport] = []
@@ -159,7 +159,7 @@ class ExpertIteration:
         return LoopResult(tuple(done), best.iteration, stopped)
 
     def policy(self, iteration: int) -> LanguageModel:
-        """The policy at the end of an iteration (`LoopError` if it has none); the base for 0."""
+        """Return the policy after an iteration, or the base for 0; a `LoopError` if missing."""
         if iteration != self._serving[0]:
             served = self.language_model
             if iteration:
@@ -170,10 +170,10 @@ class ExpertIteration:
         return self._serving[1]
 
     def value(self, iteration: int) -> ValueModel | None:
-        """The value model for the policy of an iteration; None where there is none.
+        """Return the value model for an iteration's policy, or None if there is none.
 
         Raises:
-            ValueModelError: It was fitted for another policy (`stale_value="error"`).
+            ValueModelError: It was fitted for another policy (with `stale_value="error"`).
         """
         if self.settings.value is None:
             return None
@@ -181,19 +181,19 @@ class ExpertIteration:
         fitted_at = self._value_report(iteration).fitted_at
         if self._is_ready:
             return self._made_value(policy, self._reward)
-        # One that was taken over was written again for this policy, but for `"error"`.
+        # A value model that was carried over was saved again for this policy, except for `"error"`.
         is_stale = self.settings.stale_value == "error"
         return self._read_value(fitted_at if is_stale else iteration, policy)
 
     def records(self, iteration: int, stage: str) -> list[Record]:
-        """The records of a stage: `"collected"`, `"selected"`, `"validation"` or `"value"`."""
+        """Read the records of a stage: `"collected"`, `"selected"`, `"validation"` or `"value"`."""
         folder = self._stage(iteration, stage).folder
         return read_records(folder / _RECORDS if stage == "value" else folder)
 
     # The stages.
 
     def _iterate(self, iteration: int, done: list[IterationReport]) -> str | None:
-        """Make an iteration and its report, if anything is learned; why the loop stops with it."""
+        """Run an iteration and append its report; return the reason to stop, if there is one."""
         if iteration:
             self._do(iteration, "collected", self._collect)
             lacking = reports.without_signal(
@@ -271,7 +271,7 @@ class ExpertIteration:
     def _divergence(
         self, policy: LanguageModel, seed: int, ledger: Ledger
     ) -> reports.Divergence | None:
-        """From responses of their own, which are drawn at temperature 1."""
+        """Divergence from separate responses, sampled at temperature 1."""
         count, size = self.settings.divergence_samples, self.settings.batch_prompts
         if not count or policy is self.language_model:
             return None
@@ -287,7 +287,7 @@ class ExpertIteration:
         return {"report": to_json(self._fitted_value(stage, ledger, seed))}
 
     def _fitted_value(self, stage: Stage, ledger: Ledger, seed: int) -> ValueReport:
-        """Fit a value on samples of the policy, or take the one before over; check it."""
+        """Fit a value model on samples of the policy, or carry over the last one; evaluate it."""
         iteration, settings, way = stage.iteration, self.settings, self.settings.stale_value
         carried: Any = None
         if iteration and not self._is_ready:
@@ -308,7 +308,7 @@ class ExpertIteration:
         def kept(value: FittedValue) -> ValueCheck:
             check_value_fits(value, policy, self._reward)
             value.save(stage.folder / _MODEL)
-            # Read again: what looks into a policy then looks into this one.
+            # Loaded again, so that a value that uses the policy's internals uses this policy.
             return checked(self._read_value(iteration, policy))
 
         if self._is_ready:
@@ -330,17 +330,17 @@ class ExpertIteration:
             if len({record.score for record in records}) > 1:
                 after = kept(fitted(records))
                 return ValueReport(iteration, True, reference, old, after, ratio)
-            # What a policy ends in that has learned all there is.
+            # Expected once a policy has learned everything.
             warnings.warn(
-                f"Iteration {iteration}: all responses that a value model was to be fitted on "
-                f"score {records[0].score:.4g}; the one before is taken over.",
+                f"Iteration {iteration}: all responses to fit a value model on have the "
+                f"score {records[0].score:.4g}; the previous value model is kept.",
                 stacklevel=2,
             )
         return report
 
     @property
     def _is_ready(self) -> bool:
-        """Whether the value model needs no fit, and is that of any policy."""
+        """Whether the value model needs no fit and works for any policy."""
         return self.settings.value in READY and self.value_model is None
 
     def _made_value(self, policy: LanguageModel, reward_model: RewardModel) -> ValueModel:
@@ -356,7 +356,7 @@ class ExpertIteration:
     # What the stages share.
 
     def _do(self, iteration: int, name: str, make: Callable[[Stage, Ledger, int], Note]) -> None:
-        """Make a stage, if it is not there."""
+        """Run a stage unless it is complete."""
         stage = self._stage(iteration, name)
         if stage.is_done:
             return
@@ -364,7 +364,7 @@ class ExpertIteration:
             self.on_stage(iteration, name)
         with stages.told_where(self.folder, f"iteration {iteration}, stage {name!r}"):
             stage.begin()
-            # What one policy left in its cache must not depend on where the loop was stopped.
+            # Cached state of another policy must not depend on where the loop was stopped.
             for model in (self.language_model, self._serving[1]):
                 model.clear_cache()
             ledger, start = Ledger(), time.perf_counter()
@@ -394,7 +394,7 @@ class ExpertIteration:
         seed: int,
         ledger: Ledger,
     ) -> list[Record]:
-        """Plain samples of a policy, scored and written."""
+        """Sample a policy, score the responses and write the records."""
         agent, size = self._sampling(policy, self.settings.params), self.settings.batch_prompts
         options: Any = {"answers": samples, "batch_prompts": size, "seed": seed, "ledger": ledger}
         with RecordWriter(folder) as writer:
@@ -402,7 +402,7 @@ class ExpertIteration:
         return read_records(folder)
 
     def _report(self, iteration: int, before: Sequence[IterationReport]) -> IterationReport:
-        """Put an iteration's notes together, and write its scores and its ledger."""
+        """Combine an iteration's notes, and write its scores and ledger."""
         made = [self._stage(iteration, name) for name in stages.STAGES]
         notes = {stage.name: stage.read() for stage in made if stage.is_done}
         parts = {stage.name: notes.get(stage.name, {}).get("report") for stage in made}
@@ -423,7 +423,7 @@ class ExpertIteration:
         return report
 
     def _described(self) -> Note:
-        """Whatever the results depend on."""
+        """Everything that the results depend on."""
         settings = {k: v for k, v in asdict(self.settings).items() if k not in _ADJUSTABLE}
         names = ("language_model", "value_model", "encoder", "hint")
         return {
@@ -438,7 +438,7 @@ class ExpertIteration:
 
 
 class _Charged(ObjectReward):
-    """A reward model that charges a ledger for all that it scores; fits charge nothing."""
+    """A reward model that charges a ledger for scores computed during a fit."""
 
     def __init__(self, reward_model: RewardModel, ledger: Ledger) -> None:
         super().__init__(reward_model)

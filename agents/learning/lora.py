@@ -1,7 +1,7 @@
-"""LoRA adapters of the language models that agents use, and supervised fine-tuning with them.
+"""LoRA adapters for the agents' language models, and supervised fine-tuning with them.
 
 Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 2022; the defaults are
-the article's, except for the batch size (1 there). Fine-tuning is TRL's `SFTTrainer`.
+the article's, except for the batch size (1 in the article). Fine-tuning uses TRL's `SFTTrainer`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from mbrl_text_env.language_models import TransformersLM
 
 BASE = "base.json"
-"""The file of an adapter's folder that says which model it was trained on."""
+"""File in an adapter's folder that names the model it was trained on."""
 
 ADAPTER = FolderKind(
     noun="LoRA adapter",
@@ -42,21 +42,21 @@ ADAPTER = FolderKind(
     version=1,
     error=TuningError,
 )
-# Values of each weight that its fingerprint is made of.
+# Number of values of each weight that go into the fingerprint.
 _PROBES = 1024
-# The loss before tuning is of this many examples, so that it does not cost an epoch.
+# Maximum number of examples for the loss before tuning, which would otherwise cost an epoch.
 _LOSS_EXAMPLES = 64
 _SAVE_STEPS = 25
-# Forward, and the gradients of the activations; frozen weights have none.
+# Forward passes' worth: forward, and activation gradients; frozen weights have no gradients.
 _PASSES = 2
 _IGNORED = -100
 
 
 @dataclass(frozen=True)
 class AdapterSettings:
-    """The form of an adapter.
+    """Shape of a LoRA adapter.
 
-    `r` is the rank, `alpha / r` the scale; modules whose names are in `targets` get adapters.
+    `r` is the rank and `alpha / r` the scale. `targets` names the modules that get adapters.
     """
 
     r: int = 16
@@ -66,19 +66,19 @@ class AdapterSettings:
 
     def __post_init__(self) -> None:
         training.check_above_zero(self, "r", "alpha")
-        training.expect(self, "dropout", 0 <= self.dropout < 1, "0 or more and below 1")
+        training.expect(self, "dropout", 0 <= self.dropout < 1, "at least 0 and below 1")
         is_listed = bool(self.targets) and not isinstance(self.targets, str)
         training.expect(self, "targets", is_listed, "names of modules such as ('q_proj',)")
-        # JSON gives a list back.
+        # JSON returns a list.
         object.__setattr__(self, "targets", tuple(self.targets))
 
 
 @dataclass(frozen=True)
 class FineTuneSettings(AdapterSettings):
-    """How a policy is fine-tuned; for the adapter's fields see `AdapterSettings`.
+    """Settings of supervised fine-tuning; for the adapter's fields see `AdapterSettings`.
 
-    The learning rate is the highest one; it falls linearly to 0. A step has `batch_size` x
-    `gradient_accumulation` examples; those of more than `max_length` tokens are left out.
+    The learning rate decays linearly to 0. A step has `batch_size` x `gradient_accumulation`
+    examples. Examples longer than `max_length` tokens are dropped.
     """
 
     learning_rate: float = 2e-4
@@ -96,12 +96,12 @@ class FineTuneSettings(AdapterSettings):
 
 @dataclass(frozen=True)
 class FineTuneReport:
-    """What fine-tuning did and took.
+    """Results and cost of fine-tuning.
 
-    `loss_before` is the mean loss (nats a response token, averaged over batches) of the first
-    examples, at most 64, before the first step; `losses` are those of each step's examples.
-    `seconds` are of the last call alone where an earlier one was stopped. `tokens` and `flops`
-    (twice a forward pass) count prompts and responses, not padding.
+    `loss_before` is the mean loss before the first step (nats per response token, averaged over
+    batches) on the first examples, at most 64; `losses` has the loss of each step. If the run was
+    resumed, `seconds` covers the last call only. `tokens` and `flops` (twice a forward pass) count
+    prompts and responses, without padding.
     """
 
     num_examples: int
@@ -121,27 +121,27 @@ def fine_tune(
     *,
     start_from: str | Path | None = None,
 ) -> FineTuneReport:
-    """Raise the likelihood of recorded responses with a LoRA adapter.
+    """Fine-tune a LoRA adapter on recorded responses.
 
-    Prompts are encoded by the language model's own template, responses are the recorded token ids,
-    with a stop token where the response ended by itself. The loss is of the responses alone.
-    Training is in float32; on a CPU the same records and settings give the same adapter.
+    Prompts use the language model's own template. Responses are the recorded token ids, plus a stop
+    token if the response ended by itself. The loss covers responses only. Training is in float32;
+    on a CPU the same records and settings give the same adapter.
 
-    From its checkpoints in `<folder>-checkpoints` a call that was stopped goes on; they hold
-    pickles of torch, so keep those of others out, and are removed at the end. The final folder has
-    safetensors and JSON alone, and is there as a whole or not at all.
+    An interrupted run resumes from its checkpoints in `<folder>-checkpoints`, which are removed at
+    the end. Checkpoints contain torch pickles, so never use those of others. The final folder
+    has only safetensors and JSON, and is written atomically.
 
     Args:
-        records: At least two, with the token ids of their responses.
-        folder: Where the adapter is written, with `fine_tuning.json`; `serve` takes it.
-        start_from: Folder of an adapter to go on training; None for a new one.
+        records: At least two records, with the token ids of their responses.
+        folder: Output folder of the adapter, with `fine_tuning.json`; load it with `serve`.
+        start_from: Folder of an adapter to continue from; None for a new one.
 
     Raises:
-        TuningError: There are fewer than two records, or one is of another language model or has no
-            token ids; `start_from` is for another base, the checkpoints are of another run, or
-            there is no space left.
+        TuningError: There are fewer than two records, or one has another language model or no token
+            ids; `start_from` has another base model, the checkpoints belong to another run, or the
+            disk is full.
         RewardError: `trl` or `peft` is not installed.
-        KeyboardInterrupt: It was stopped; a checkpoint is saved and the same call goes on.
+        KeyboardInterrupt: The run was stopped; a checkpoint is saved and the same call resumes it.
 
     Example:
         >>> best = [r for r in read_records("records") if r.score > 0.9]  # doctest: +SKIP
@@ -170,7 +170,7 @@ def fine_tune(
 
 
 class Example(NamedTuple):
-    """Token ids of prompt and response, and the label of each: -100 for the prompt."""
+    """Token ids of prompt and response, and their labels: -100 for the prompt."""
 
     input_ids: list[int]
     labels: list[int]
@@ -179,38 +179,38 @@ class Example(NamedTuple):
 def examples_of(
     language_model: TransformersLM, records: Sequence[Record], max_length: int
 ) -> list[Example]:
-    """What is learned from each record, with a stop token; longer ones are left out."""
+    """Convert records to examples with a stop token; drop those that are too long."""
     made = [_example(language_model, record) for record in records]
     limit = min(max_length, language_model.context_length)
     kept = [example for example in made if len(example.input_ids) <= limit]
     if len(kept) < len(made):
         warnings.warn(
             f"{len(made) - len(kept)} of {len(made)} records have more than {limit} tokens of "
-            "prompt and response, and are left out. Raise max_length to keep them.",
+            "prompt and response, and are dropped. Raise max_length to keep them.",
             stacklevel=3,
         )
     if len(kept) < 2:
         raise TuningError(
             f"Expected at least two records of at most {limit} tokens to fine-tune on, got "
-            f"{len(kept)} of {len(made)}. Collect more, loosen the filter, or raise max_length."
+            f"{len(kept)} of {len(made)}. Collect more, relax the filter, or raise max_length."
         )
     return kept
 
 
 def _example(language_model: TransformersLM, record: Record) -> Example:
-    # Tuned generations of a model are named "<base>+<adapter>"; they have the base's tokens.
+    # Tuned versions of a model are named "<base>+<adapter>" and share the base's tokens.
     response, stops = list(record.response_ids), language_model.stop_token_ids
     fault = None
     if record.language_model.partition("+")[0] != language_model.name.partition("+")[0]:
         fault = (
             f"a response of {language_model.name!r}, got one of {record.language_model!r}, whose "
-            "token ids mean other texts. Collect responses with this model."
+            "token ids have other meanings. Collect responses with this model."
         )
     elif not response:
-        fault = "the token ids of its response, got none. Leave it out, or collect it anew."
+        fault = "the token ids of its response, got none. Remove it, or collect it again."
     elif max(response) >= language_model.vocab_size or min(response) < 0:
         top = language_model.vocab_size - 1
-        fault = f"token ids from 0 to {top}, got {max(response)}. It is of another model."
+        fault = f"token ids from 0 to {top}, got {max(response)}. The record is of another model."
     if fault is not None:
         raise TuningError(f"Record of prompt {record.prompt_id!r}: expected {fault}")
     if record.finish_reason == "stop" and response[-1] not in stops and stops:
@@ -234,7 +234,7 @@ def _trainer(
         per_device_train_batch_size=settings.batch_size,
         per_device_eval_batch_size=settings.batch_size,
         gradient_accumulation_steps=settings.gradient_accumulation,
-        # Ids and labels are final: nothing is encoded, cut or packed.
+        # Ids and labels are final: no encoding, truncation or packing.
         dataset_kwargs={"skip_prepare_dataset": True},
         max_length=None,
     )
@@ -245,15 +245,15 @@ def _trainer(
 def trainable(
     language_model: TransformersLM, settings: AdapterSettings, start_from: str | Path | None = None
 ) -> Any:
-    """A peft model of the language model's weights, for a trainer; a new adapter changes nothing.
+    """Wrap the language model's weights as a peft model; a new adapter does not change its output.
 
-    The frozen weights are the language model's own where these are float32, else a copy. torch's
-    global generator draws a new adapter. Unknown targets and another base are a `TuningError`.
+    Frozen weights are shared with the language model if they are float32, and copied otherwise. A
+    new adapter is drawn from torch's global generator. Unknown targets or bases: `TuningError`.
     """
     import torch
 
     peft = optional("peft", RewardError)
-    # Detached tensors share memory and version counter, so a write would be noticed in both.
+    # Detached tensors share memory and version counter, so writes would be detected in both.
     own = language_model.model
     shared: dict[int, Any] = {
         id(p): torch.nn.Parameter(p.detach(), requires_grad=False) for p in own.parameters()
@@ -291,11 +291,11 @@ def train_adapter(
     described: Mapping[str, Any],
     make: Callable[..., Any],
 ) -> Any:
-    """Train an adapter, or go on from a checkpoint, to the end; returns the trainer.
+    """Train an adapter to the end, or resume from a checkpoint; return the trainer.
 
-    `described` is what the adapter depends on beside the settings, as JSON values. `make` takes the
-    arguments that all trainers have, and a model and tokenizer, and returns a trainer of TRL; the
-    trainer's `loss_before` is that of its `eval_dataset`, where there is one, before the first
+    `described` has everything that the adapter depends on besides the settings, as JSON values.
+    `make` gets the arguments common to all trainers, a model and a tokenizer, and returns a TRL
+    trainer. The trainer's `loss_before` is the loss on its `eval_dataset`, if any, before the first
     step.
     """
     from transformers import PrinterCallback
@@ -337,7 +337,7 @@ def train_adapter(
 
 
 def tokenizer_of(language_model: TransformersLM) -> Any:
-    """A copy of its transformers tokenizer, for trainers, which change theirs."""
+    """Copy the transformers tokenizer for a trainer, which modifies it."""
     tokenizer = copy.deepcopy(language_model._tokenizer.tokenizer)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -350,9 +350,9 @@ def write(
     language_model: TransformersLM,
     notes: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write an adapter with notes by file name, whole or not at all, and remove its checkpoints."""
+    """Write an adapter atomically, with notes by file name, and remove its checkpoints."""
     for other in set(model.peft_config) - {"default"}:
-        # What trainers measure the divergence from.
+        # The reference adapter, for the KL divergence.
         model.delete_adapter(other)
     with ADAPTER.writing(folder) as scratch:
         write_adapter(scratch, model, tokenizer_of(language_model), language_model.name)
@@ -365,9 +365,9 @@ def write(
 def serve(
     language_model: TransformersLM, folder: str | Path, name: str | None = None
 ) -> TransformersLM:
-    """The language model with a tuned adapter, beside the base; `TuningError` for another base's.
+    """Return a tuned language model that shares the base; a `TuningError` for another base.
 
-    By default its name is the base's and the beginning of the digest of the adapter's weights.
+    The default name is the base's name plus the start of the digest of the adapter's weights.
     """
     check_base(folder, language_model)
     with quiet():
@@ -375,24 +375,24 @@ def serve(
 
 
 def adapted_name(language_model: TransformersLM, folder: str | Path) -> str:
-    """The default name of a language model with an adapter; the same for the same weights."""
+    """Default name of a language model with an adapter; equal weights have equal names."""
     return f"{language_model.name}+{adapter_digest(folder)[:12]}"
 
 
 def adapter_digest(folder: str | Path) -> str:
-    """Tells one adapter's weights from another's. May raise `TuningError`."""
+    """Digest of an adapter's weights; a `TuningError` if they cannot be read."""
     try:
         recover_folder(folder)
         return hashlib.sha256((Path(folder) / ADAPTER.weights).read_bytes()).hexdigest()
     except OSError as error:
         raise TuningError(
-            f"{folder}: expected the folder of an adapter ({type(error).__name__}: {error}). Check "
+            f"{folder}: expected an adapter folder ({type(error).__name__}: {error}). Check "
             "the path."
         ) from error
 
 
 def check_base(folder: str | Path, language_model: TransformersLM) -> None:
-    """Refuse (`TuningError`) half an adapter, and one that was trained on another base."""
+    """Raise a `TuningError` for an incomplete adapter or one with another base model."""
     with ADAPTER.reading(folder) as (trained_on, _):
         if not (Path(folder) / ADAPTER.weights).is_file():
             raise FileNotFoundError(f"there is no {ADAPTER.weights}")
@@ -402,15 +402,15 @@ def check_base(folder: str | Path, language_model: TransformersLM) -> None:
         raise TuningError(
             f"{folder}: expected an adapter for {language_model.name!r}, got one that was trained "
             f"on {name!r} ({fingerprint[:12]} there, {found['fingerprint'][:12]} here). Load that "
-            "model, or tune this one."
+            "model, or fine-tune this one."
         )
 
 
 def base_of(language_model: TransformersLM) -> dict[str, str]:
     """Name and fingerprint of a language model.
 
-    The fingerprint is of the architecture, of all weights' names and shapes, and of values from
-    each as bfloat16: the same for float32, bfloat16 and int8 (float16 may have another).
+    The fingerprint covers the architecture, the weights' names and shapes, and values of each as
+    bfloat16. It is the same for float32, bfloat16 and int8 (float16 can differ).
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""The settings of the loop, and four known choices of them.
+"""Settings of the expert iteration loop, and four presets from the literature.
 
 >>> star().hints, star().start_from, star(iterations=16).iterations
 (True, 'base', 16)
@@ -18,40 +18,40 @@ from mbrl_text_env.language_models.base import SamplingParams
 from mbrl_text_env.types import Budget, Message, Prompt
 
 StartFrom = Literal["base", "checkpoint"]
-"""What is tuned in each iteration: the base model, or the policy of the iteration before."""
+"""What each iteration tunes: the base model, or the policy of the previous iteration."""
 
 StaleValue = Literal["refit", "refit-if-worse", "error"]
-"""What is done about a value model when the policy that it values has changed."""
+"""What to do with a value model when the policy has changed."""
 
 _PLAIN = {"agent": "sampling", "value": None}
 _BETTER_HALF = FilterSettings(top_fraction=0.5)
 
 
 class LoopSettingsError(ValueError):
-    """Settings of the loop that are out of range or contradict each other."""
+    """Loop settings that are out of range or contradict each other."""
 
 
 @dataclass(frozen=True)
 class LoopSettings:
-    """What an iteration does.
+    """Settings of an iteration.
 
     Args:
-        iterations: Rounds of collecting and tuning. A loop that has ended goes on with more.
-        agent: Spec of the agent that answers the train prompts.
-        params: How plain sampling draws tokens: in collecting, where the agent's spec says nothing
-            else, in validation, and for the value model's data.
-        start_from: What is tuned; all answers come from the policy of the iteration before.
-        hints: Whether prompts without a correct answer are answered again with a hint, which is
+        iterations: Number of iterations. A finished loop can be continued with more.
+        agent: Spec of the agent that answers the training prompts.
+        params: Sampling parameters for collecting (unless the agent's spec sets them), validation
+            and the value model's data.
+        start_from: What to tune. All answers come from the policy of the previous iteration.
+        hints: Whether to answer prompts without a correct answer again with a hint. The hint is
             not part of the prompt that is tuned on.
-        value: Kind of `agents.values.make_value`, for agents that search by one; None for none.
-        stale_value: `"refit"`: a new fit for each policy. `"refit-if-worse"`: only where the error
-            on fresh data has risen by `error_factor`. `"error"`: the loop stops before a policy is
-            searched with another one's value.
-        value_samples: Responses to each train prompt that a value model is fitted on.
-        validation_samples: Responses to each validation prompt; the value's correlation within
-            prompts needs two.
-        divergence_samples: The same at temperature 1, for the divergence from the base.
-        patience: Iterations without a new best validation score after which the loop stops.
+        value: Name for `agents.values.make_value`, for agents that use a value; None for none.
+        stale_value: `"refit"` fits a new value model for each policy. `"refit-if-worse"` does so
+            only if the error on new data has risen by `error_factor`. `"error"` stops the loop
+            before a policy is searched with another policy's value.
+        value_samples: Responses per training prompt to fit a value model on.
+        validation_samples: Responses per validation prompt; the value's within-prompt correlation
+            needs two.
+        divergence_samples: The same at temperature 1, for the divergence from the base model.
+        patience: Iterations without a new best validation score before the loop stops.
     """
 
     name: str = "expert-iteration"
@@ -81,7 +81,7 @@ class LoopSettings:
             value = getattr(self, name)
             check(name, value is None or value >= 1, "at least 1")
         check("divergence_samples", self.divergence_samples >= 0, "0 or more")
-        check("error_factor", 1 <= self.error_factor < math.inf, "a number from 1 up")
+        check("error_factor", 1 <= self.error_factor < math.inf, "a finite number of at least 1")
         starts, ways = get_args(StartFrom), get_args(StaleValue)
         check("start_from", self.start_from in starts, f"one of {starts}")
         check("stale_value", self.stale_value in ways, f"one of {ways}")
@@ -98,12 +98,12 @@ def _preset(base: dict[str, Any], changes: dict[str, Any]) -> LoopSettings:
 
 
 def star(**changes: Any) -> LoopSettings:
-    """STaR: correct answers, a hint where there was none, always from the base model.
+    """STaR: tune the base model on correct answers, with hints for prompts that have none.
 
     Source: Zelikman et al., "STaR: Bootstrapping Reasoning With Reasoning", NeurIPS 2022.
-    Deviations: no worked examples, and the hint is a sentence at the prompt's end (`answer_hint`);
-    equally many epochs in each iteration, where the paper's 40 steps grow by a fifth; a LoRA
-    adapter instead of all weights; temperature 0.7; equal answers to a prompt are tuned on once.
+    Deviations: no worked examples; the hint is a sentence at the end of the prompt (`answer_hint`);
+    the same number of epochs in each iteration, where the paper's 40 steps grow by a fifth; a LoRA
+    adapter instead of all weights; temperature 0.7; duplicate answers to a prompt count once.
     """
     correct = FilterSettings(threshold=CORRECT)
     base = {"name": "star", "filter": correct, "start_from": "base", "hints": True}
@@ -111,12 +111,12 @@ def star(**changes: Any) -> LoopSettings:
 
 
 def rest_em(**changes: Any) -> LoopSettings:
-    """ReST-EM: many samples a prompt, a threshold, at most ten each, always from the base model.
+    """ReST-EM: tune the base model on up to ten answers per prompt that reach a threshold.
 
     Source: Singh et al., "Beyond Human Data: Scaling Self-Training for Problem-Solving with
-    Language Models", TMLR 2024. Deviations: of more than ten the first ten, or the ten best where
-    rewards are not 0 or 1 (give `filter` a threshold of its own then); a LoRA adapter instead of
-    all weights; equal answers to a prompt count once.
+    Language Models", TMLR 2024. Deviations: of more than ten answers the first ten are used, or the
+    ten best if rewards are not 0 or 1 (then set a `filter` with your own threshold); a LoRA adapter
+    instead of all weights; duplicate answers to a prompt count once.
     """
     base = {
         "name": "rest-em",
@@ -129,16 +129,16 @@ def rest_em(**changes: Any) -> LoopSettings:
 
 
 def rejection_sampling(*, keep: Literal["best", "all"] = "all", **changes: Any) -> LoopSettings:
-    """Rejection sampling: correct answers of the current checkpoint, which goes on learning.
+    """Rejection sampling: keep tuning the current policy on its own correct answers.
 
     Source: DeepSeek-AI, "DeepSeek-R1: Incentivizing Reasoning Capability in LLMs via Reinforcement
     Learning", 2025, section 2.3.3. Deviations: the paper then tunes its base model, once and for
-    two epochs (`start_from="base"`); it drops responses of mixed languages, with long paragraphs
-    and with code blocks, adds 200,000 examples of other tasks, and asks a model about some answers,
-    where here the reward alone decides; it does not say how many responses are sampled, here 8;
-    here a LoRA adapter is tuned.
+    two epochs (`start_from="base"`); it removes responses with mixed languages, long paragraphs or
+    code blocks, adds 200,000 examples of other tasks, and judges some answers with a model, while
+    here only the reward decides; it does not state the number of samples, here 8; here a LoRA
+    adapter is tuned.
 
-    `keep="best"` takes one correct answer to a prompt: the first, where rewards are 0 or 1.
+    `keep="best"` uses one correct answer per prompt: the first if rewards are 0 or 1.
     """
     if keep not in ("best", "all"):
         raise LoopSettingsError(f"keep: expected 'best' or 'all', got {keep!r}.")
@@ -150,16 +150,16 @@ def rejection_sampling(*, keep: Literal["best", "all"] = "all", **changes: Any) 
 def planned(
     agent: str = "receding-horizon", *, top_fraction: float = 0.5, **changes: Any
 ) -> LoopSettings:
-    """The article's loop: a planner answers, its value is refitted, the best answers are learned.
+    """The article's loop: answer with a planner, refit its value, tune on the best answers.
 
     Source: the article that this package implements, after Anthony et al., "Thinking Fast and Slow
     with Deep Learning and Tree Search", NeurIPS 2017. Deviations: the article refits the value on
-    planned responses of all iterations; here on plain samples of the current policy, since planned
-    ones overstate what an ordinary continuation is worth. It names no share to keep, here one half.
-    Its planner is a two-stage lookahead with ridge regression on an embedding (`agent="lookahead"`,
-    `value="embedding"`), here any.
+    planned responses of all iterations; here it is refitted on plain samples of the current policy,
+    because planned responses overestimate the value of an ordinary continuation. The article names
+    no fraction to keep, here one half. Its planner is a two-stage lookahead with ridge regression
+    on an embedding (`agent="lookahead"`, `value="embedding"`), here any planner.
 
-    The best `top_fraction` of all answers is tuned on. For a threshold instead, give
+    The policy is tuned on the best `top_fraction` of all answers. To use a threshold instead, pass
     `filter=FilterSettings(threshold=...)`.
     """
     kept = FilterSettings(top_fraction=top_fraction)
@@ -167,9 +167,9 @@ def planned(
 
 
 def answer_hint(prompt: Prompt) -> Prompt | None:
-    """The prompt with its reference answer told; None where it has none.
+    """Append the reference answer to the prompt as a hint; None if there is no reference answer.
 
-    `metadata["reference_answer"]` is one answer or a list, of which the first is told.
+    `metadata["reference_answer"]` is an answer or a list of answers, of which the first is used.
 
     Example:
         >>> asked = Prompt.from_text("2 + 2?", metadata={"reference_answer": 4})

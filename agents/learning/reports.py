@@ -1,4 +1,4 @@
-"""What is known of each iteration of a loop, and how figures are written as JSON and read."""
+"""Reports of a loop's iterations, and their JSON form."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ from mbrl_text_env.values import ValueModel, as_value_model, predict_values
 
 
 def write_json(path: Path, values: Any) -> None:
-    """Write a file of JSON as a whole."""
+    """Write a JSON file atomically."""
     write_text(path, json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False))
 
 
 def to_json(values: Any) -> dict[str, Any]:
-    """A dataclass as JSON values; text for the numbers that JSON does not have."""
+    """Convert a dataclass to JSON values; NaN and infinity become text."""
     text = json.dumps(asdict(values))
     found: dict[str, Any] = json.loads(text, parse_constant=lambda name: str(float(name)))
     return found
@@ -46,8 +46,8 @@ def to_json(values: Any) -> dict[str, Any]:
 class Divergence:
     """Kullback-Leibler divergence of a policy from the base model, estimated from its samples.
 
-    In nats a response (the mean of log policy - log base) and a token, with standard errors over
-    prompts (over responses where there is one prompt; NaN for one response).
+    In nats per response (the mean of log policy - log base) and per token. Standard errors are over
+    prompts, or over responses if there is one prompt (NaN for one response).
     """
 
     per_response: float
@@ -64,13 +64,13 @@ def divergence(
     *,
     ledger: Ledger | None = None,
 ) -> Divergence:
-    """Estimate KL(policy || base) from complete responses, at least one, that the policy sampled.
+    """Estimate KL(policy || base) from at least one complete response that the policy sampled.
 
-    It is unbiased if they were drawn at temperature 1, without top-k or top-p, and infinite where
-    the base could not have written one. The error of the ratio is by linearisation.
+    The estimate is unbiased for samples at temperature 1 without top-k or top-p. It is infinite if
+    the base model cannot generate a response. The ratio's error uses a linear approximation.
     """
     if not states or not all(is_terminal(state) for state in states):
-        raise ValueError("divergence: expected complete responses, at least one.")
+        raise ValueError("divergence: expected at least one complete response.")
     starts = [TextState(state.prompt, state.prompt_ids) for state in states]
     chunks = [Chunk(state.response_ids) for state in states]
     ledgers = None if ledger is None else [ledger] * len(states)
@@ -91,7 +91,7 @@ def divergence(
 
 
 def _standard_error(deviations: FloatArray, clusters: Sequence[str]) -> float:
-    """Of a mean over rows whose clusters are independent; float64[B], their sum is 0."""
+    """Standard error of a mean over rows in independent clusters; float64[B] that sum to 0."""
     groups = np.unique(clusters, return_inverse=True)[1]
     if groups.max() == 0:
         groups = np.arange(len(deviations))
@@ -104,13 +104,13 @@ def _standard_error(deviations: FloatArray, clusters: Sequence[str]) -> float:
 
 @dataclass(frozen=True)
 class Diversity:
-    """How much a set of responses repeats itself.
+    """Repetition within a set of responses.
 
     Args:
-        distinct: Share of different n-grams of words among all, for n of 1, 2 and 3; NaN where
-            there is none. It falls with the number of responses: compare sets of one size.
-        duplicates: Share of responses with the same words as a response to another prompt.
-        repeats: Share of responses with the same words as an earlier one to the same prompt.
+        distinct: Fraction of distinct word n-grams for n of 1, 2 and 3; NaN if there are none. It
+            decreases with the number of responses, so compare sets of equal size.
+        duplicates: Fraction of responses with the same words as a response to another prompt.
+        repeats: Fraction of responses with the same words as an earlier one to the same prompt.
     """
 
     distinct: tuple[float, ...]
@@ -119,7 +119,7 @@ class Diversity:
 
 
 def diversity(records: Sequence[Record]) -> Diversity:
-    """Count what responses, at least one, have in common; words are in lower case.
+    """Measure the repetition within at least one response; words are lower-cased.
 
     Source of distinct-n: Li et al., "A Diversity-Promoting Objective Function for Neural
     Conversation Models", NAACL 2016.
@@ -139,17 +139,17 @@ def diversity(records: Sequence[Record]) -> Diversity:
 
 
 def distinct_share(texts: Sequence[tuple[str, ...]], n: int) -> float:
-    """Share of different n-grams of words among all; NaN where there is none."""
+    """Fraction of word n-grams that are distinct; NaN if there are none."""
     grams = [text[i : i + n] for text in texts for i in range(len(text) - n + 1)]
     return len(set(grams)) / len(grams) if grams else float("nan")
 
 
 @dataclass(frozen=True)
 class ValueCheck:
-    """How well a value model predicts responses that it was not fitted on, over all prefixes.
+    """Accuracy of a value model on responses it was not fitted on, over all prefixes.
 
-    `error` is the root mean square of prediction - final score; `within_prompt` the correlation
-    without the mean of each prompt's prefixes of one length: what a choice can use.
+    `error` is the root mean square of prediction - final score. `within_prompt` is the correlation
+    after subtracting the mean of each prompt and prefix length: the part that helps to choose.
     """
 
     error: float
@@ -161,9 +161,9 @@ class ValueCheck:
 def check_value(
     value_model: ValueModel, records: Sequence[Record], *, ledger: Ledger | None = None
 ) -> ValueCheck:
-    """Compare a value model's predictions for prefixes with the final scores, several to a prompt.
+    """Compare predictions for prefixes with final scores; needs several responses per prompt.
 
-    If no response has two tokens, that is a `FitError`.
+    Raises a `FitError` if no response has two tokens.
     """
     states, owners = cut_prefixes(records, as_value_model(value_model).lengths)
     charged = None if ledger is None else [ledger] * len(states)
@@ -179,11 +179,11 @@ def check_value(
 
 @dataclass(frozen=True)
 class GoldCheck:
-    """What a trusted reward that was not optimised says of the responses that it could score.
+    """Scores from a trusted reward that was not optimised, on the responses it can score.
 
-    `proxy` is the optimised reward's mean, `gap` proxy - gold: its change since the base model is
-    the part of a rise that is not real, where both have one scale. The correlation is over
-    responses.
+    `proxy` is the mean of the optimised reward, and `gap` is proxy - gold. If both have the same
+    scale, an increase of the gap since the base model is the part of the gain that is not real. The
+    correlation is over responses.
     """
 
     proxy: float
@@ -196,7 +196,7 @@ class GoldCheck:
 def check_gold(
     gold_model: RewardModel, records: Sequence[Record], *, ledger: Ledger | None = None
 ) -> GoldCheck | None:
-    """Score responses with a trusted reward, those that it can; None where there are none."""
+    """Score responses with a trusted reward; None if it can score none of them."""
     rows = [record for record in records if applies_to(gold_model, record.prompt())]
 
     def score(some: Sequence[Record]) -> list[float]:
@@ -216,9 +216,9 @@ def check_gold(
 
 @dataclass(frozen=True)
 class Answers:
-    """Answers to the train prompts: their counts and scores.
+    """Counts and scores of the answers to the training prompts.
 
-    `num_failed` prompts were left out, as their answers cannot be scored.
+    `num_failed` prompts were skipped because their answers cannot be scored.
     """
 
     num_records: int
@@ -231,7 +231,7 @@ class Answers:
 
     @classmethod
     def of(cls, records: Sequence[Record], num_failed: int = 0) -> Answers:
-        """Sum up records."""
+        """Summarize records."""
         scores, hinted = scores_of(records), [r.agent.endswith(HINTED) for r in records]
         counts = len(records), len({record.prompt_id for record in records}), sum(hinted)
         spread = float(np.mean(scores)), float(np.std(scores)), min(scores)
@@ -240,9 +240,9 @@ class Answers:
 
 @dataclass(frozen=True)
 class Validation:
-    """Plain sampling on the validation prompts: mean score over prompts with its standard error.
+    """Results of sampling on the validation prompts: mean score over prompts and standard error.
 
-    `error` is NaN for one prompt; `tokens` is the mean length of a response.
+    `error` is NaN for one prompt. `tokens` is the mean response length.
     """
 
     mean: float
@@ -256,7 +256,7 @@ class Validation:
     def of(
         cls, records: Sequence[Record], divergence: Divergence | None, gold: GoldCheck | None
     ) -> Validation:
-        """Sum up records."""
+        """Summarize records."""
         by_prompt: dict[str, list[float]] = defaultdict(list)
         for record, score in zip(records, scores_of(records), strict=True):
             by_prompt[record.prompt_id].append(score)
@@ -268,12 +268,12 @@ class Validation:
 
 @dataclass(frozen=True)
 class ValueReport:
-    """The value model of an iteration, and how well it and the one before predict.
+    """The value model of an iteration, and the accuracy of it and the previous one.
 
-    `fitted_at` is the iteration for whose policy it was fitted; `refitted` says whether that is
-    this one. `when_fitted` is how well the old model did on the policy it was fitted for, `before`
-    how well it does on this one (None for the first), `after` how well the model in use does.
-    `error_ratio` is `before` by `when_fitted`.
+    `fitted_at` is the iteration whose policy the model was fitted for; `refitted` is true if it is
+    this one. `when_fitted` is the accuracy of the old model on the policy it was fitted for,
+    `before` its accuracy on this policy (None for the first), and `after` the accuracy of the model
+    in use. `error_ratio` is the error of `before` divided by that of `when_fitted`.
     """
 
     fitted_at: int
@@ -286,10 +286,10 @@ class ValueReport:
 
 @dataclass(frozen=True)
 class IterationReport:
-    """An iteration's figures: 0 is the base model, and None what an iteration lacks.
+    """Results of an iteration; 0 is the base model. None marks what an iteration does not have.
 
-    `policy` is the one at its end, which `validation` and `value` are of; `collected` is of the one
-    before. `usage` is what each stage took: `Usage.as_dict()`, and `wall_seconds`.
+    `policy`, `validation` and `value` refer to the policy after the iteration; `collected` refers
+    to the previous one. `usage` has `Usage.as_dict()` and `wall_seconds` per stage.
     """
 
     iteration: int
@@ -303,23 +303,23 @@ class IterationReport:
     warnings: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON values, without the usage, which the ledger has."""
+        """Convert to JSON values, without the usage, which is in the ledger."""
         values = to_json(self)
         values.pop("usage")
         return values
 
     def ledger(self) -> dict[str, Any]:
-        """What each stage took, and the total."""
+        """The usage of each stage, and the total."""
         rows = list(self.usage.values())
         return {**self.usage, "total": {name: sum(row[name] for row in rows) for name in rows[0]}}
 
 
 @dataclass(frozen=True)
 class LoopResult:
-    """A report for each iteration, that of the base model first.
+    """One report per iteration, starting with the base model.
 
-    `best` is the iteration with the highest mean on the validation prompts (0 is the base model),
-    `stopped` why the loop ended before its last iteration.
+    `best` is the iteration with the highest mean validation score (0 is the base model). `stopped`
+    is the reason if the loop ended before its last iteration.
     """
 
     iterations: tuple[IterationReport, ...]
@@ -328,7 +328,7 @@ class LoopResult:
 
 
 def doubt_about(one: GoldCheck | None, other: GoldCheck | None) -> str | None:
-    """What a rise of the reward since the base model may hide; None for nothing."""
+    """Return a warning if the reward rose since the base model but the gold reward fell."""
     if one is None or other is None or other.proxy <= one.proxy or other.gold >= one.gold:
         return None
     return (
@@ -341,23 +341,23 @@ def doubt_about(one: GoldCheck | None, other: GoldCheck | None) -> str | None:
 def without_signal(
     answers: Sequence[Record], own: Sequence[Record], *, is_plain: bool
 ) -> str | None:
-    """Why nothing can be learned from answers; None where something can.
+    """Reason why nothing can be learned from the answers, or None.
 
-    A planner's equal answers can teach, if its policy's `own` plain samples differ.
+    Equal answers of a planner can teach something if plain samples of its policy (`own`) differ.
     """
     scores = {record.score for record in answers}
     if len(scores) > 1 or (not is_plain and {record.score for record in own} != scores):
         return None
     return (
         "expected scores that differ, got the same for all answers: there is no signal to learn "
-        f"from. {scores_described(answers)} If they are as high as they can be, nothing is left "
-        f"to learn; otherwise check the reward {answers[0].reward_name!r}, take more answers to "
-        "each prompt, or other prompts."
+        f"from. {scores_described(answers)} If this is the maximum score, nothing is left "
+        f"to learn; otherwise check the reward {answers[0].reward_name!r}, use more answers per "
+        "prompt, or use other prompts."
     )
 
 
 def fallen(means: Sequence[float], patience: int | None) -> str | None:
-    """Why a loop stops after `patience` means without a new best; None where it does not."""
+    """Reason to stop after `patience` means without a new best, or None."""
     best = max(range(len(means)), key=lambda i: means[i])
     since = len(means) - 1 - best
     if patience is None or since < patience:

@@ -1,7 +1,7 @@
-"""What the loop's stages are made of: their notes and folders, and improvers.
+"""Stages of the loop: their notes and folders, and the improvers.
 
-A stage is a folder and a note, which is written last: a folder without its note is what a kill left
-behind; it is removed, and the stage is made again.
+A stage is a folder and a note, which is written last. A folder without a note was interrupted: it
+is removed, and the stage runs again.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ from mbrl_text_env.runs import read_config
 from mbrl_text_env.types import Usage
 
 STAGES = ("collected", "selected", "policy", "validation", "value")
-"""In the order in which they are made; the first three are not there for the base model."""
+"""Stage names in order. The base model does not have the first three."""
 
-# What transformers accepts as a seed.
+# The largest seed that transformers accepts.
 _SEEDS = 2**31
 
 
 class LoopError(RuntimeError):
-    """A loop that cannot go on, or a folder that is not one of this loop."""
+    """The loop cannot continue, or the folder belongs to another loop."""
 
 
 class NoSignalError(LoopError):
-    """All answers have the same score: there is nothing to learn."""
+    """All answers have the same score, so there is nothing to learn."""
 
 
 @dataclass
 class Stage:
     """One of `STAGES` of an iteration (0 for the base model), in the iteration's folder `root`.
 
-    Its data lie in `folder`; the `note`, which is written last, says that it is whole.
+    The data are in `folder`. The `note` is written last and marks the stage as complete.
     """
 
     iteration: int
@@ -51,13 +51,13 @@ class Stage:
 
     @property
     def is_done(self) -> bool:
-        """Whether it is whole."""
+        """Whether the stage is complete."""
         return self.note.is_file()
 
     def begin(self) -> None:
-        """Remove what a kill left behind, and make the folder of the iteration."""
+        """Remove the remains of an interrupted stage, and create the iteration's folder."""
         self.root.mkdir(parents=True, exist_ok=True)
-        # Names that begin with a dot are of files and folders that were being written.
+        # Names that start with a dot are unfinished files and folders.
         for left in (self.folder, *self.root.glob(f".{self.name}[-.]*")):
             if left.is_dir():
                 shutil.rmtree(left)
@@ -65,22 +65,22 @@ class Stage:
                 left.unlink(missing_ok=True)
 
     def end(self, values: Mapping[str, Any]) -> None:
-        """Write the note."""
+        """Write the note, which completes the stage."""
         write_json(self.note, values)
 
     def read(self) -> dict[str, Any]:
-        """The note; `LoopError` where it is not there, or damaged."""
+        """Return the note; a `LoopError` if it is missing or damaged."""
         if not self.is_done:
             raise LoopError(
                 f"{self.root}: iteration {self.iteration} has no {self.name!r}: the loop has not "
-                "come to it yet, has none, or stopped before. Ask for another iteration."
+                "reached it, does not have it, or stopped earlier. Choose another iteration."
             )
         return read_config(self.note, LoopError)
 
 
 @contextmanager
 def told_where(folder: str | Path, where: str) -> Iterator[None]:
-    """Say how to go on after Ctrl-C, or (`LoopError`) when nothing can be written."""
+    """Explain how to resume after Ctrl-C, or after a failed write (`LoopError`)."""
     try:
         yield
     except KeyboardInterrupt as stopped:
@@ -88,19 +88,19 @@ def told_where(folder: str | Path, where: str) -> Iterator[None]:
             raise
         told = f" ({stopped})" if str(stopped) else ""
         raise KeyboardInterrupt(
-            f"Stopped in {where}{told}. All stages before it are kept in {folder}: the same call "
-            "goes on with this one."
+            f"Stopped in {where}{told}. All earlier stages are kept in {folder}: the same call "
+            "resumes with this one."
         ) from stopped
     except OSError as error:
         raise LoopError(
-            f"{folder}, {where}: it cannot be written or read ({error}). Free some space, or fix "
-            "the folder's permissions; then the same call goes on with this stage."
+            f"{folder}, {where}: cannot be written or read ({error}). Free some space, or fix "
+            "the folder's permissions; the same call then resumes with this stage."
         ) from error
 
 
 @dataclass(frozen=True)
 class Improvement:
-    """What an improver learned, what that took, and what else there is to say, as JSON values."""
+    """Result of an improver: the number of examples, the usage, and details as JSON values."""
 
     num_examples: int
     usage: Usage = field(default_factory=Usage)
@@ -109,15 +109,15 @@ class Improvement:
 
 @dataclass(eq=False)
 class LoraImprover:
-    """Supervised fine-tuning with LoRA: `fine_tune`, whose seed is the loop's.
+    """Supervised fine-tuning with LoRA by `fine_tune`, with the loop's seed.
 
-    Another way to learn is an object with the same three methods.
+    To learn in another way, pass an object with the same three methods.
     """
 
     settings: FineTuneSettings = field(default_factory=FineTuneSettings)
 
     def described(self) -> Mapping[str, Any]:
-        """Kind and settings, as JSON values: all that its results depend on."""
+        """Kind and settings as JSON values: everything that the results depend on."""
         settings = asdict(self.settings)
         settings.pop("seed")
         return {"kind": "lora", **settings}
@@ -131,10 +131,10 @@ class LoraImprover:
         start_from: Path | None = None,
         seed: int = 0,
     ) -> Improvement:
-        """Write a policy that gives the recorded answers, at least two, more often.
+        """Write a policy that makes the recorded answers, at least two, more likely.
 
-        The folder is written as a whole or not at all. It goes on from the policy in `start_from`,
-        or from the base. All randomness follows from the seed. Raises what `fine_tune` raises.
+        Training starts from the policy in `start_from`, or from the base. The folder is written
+        atomically. All randomness is derived from the seed. Raises the errors of `fine_tune`.
         """
         settings = replace(self.settings, seed=seed % _SEEDS)
         report = fine_tune(_trainable(base), records, folder, settings, start_from=start_from)
@@ -142,15 +142,15 @@ class LoraImprover:
         return Improvement(report.num_examples, usage, to_json(report))
 
     def serve(self, base: LanguageModel, folder: Path) -> LanguageModel:
-        """The policy of a folder, with the base's tokens and a name that no other policy has."""
+        """Load the policy of a folder, with the base's tokens and a unique name."""
         return serve(_trainable(base), folder)
 
 
 def _trainable(base: LanguageModel) -> Any:
     if not hasattr(base, "with_adapter"):
         raise TypeError(
-            f"Expected a language model that runs here (TransformersLM) to fine-tune, got "
-            f"{base.name!r} ({type(base).__name__}). Load it here, or give the loop an improver "
-            "of its own."
+            f"Expected a local language model (TransformersLM) to fine-tune, got "
+            f"{base.name!r} ({type(base).__name__}). Load the model locally, or pass your own "
+            "improver to the loop."
         )
     return base

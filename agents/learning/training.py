@@ -1,4 +1,4 @@
-"""What all trainings share: errors, reports, checkpoints to go on from, Ctrl-C, and full disks."""
+"""Shared by all trainings: errors, reports, checkpoints to resume from, Ctrl-C and full disks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mbrl_text_env.runs import claim_checkpoints, writing
 from mbrl_text_env.types import Prompt, Usage
 
 LEDGER, CURVE = "ledger.json", "curve.json"
-"""Files beside a policy: what its training took, and how the reward rose."""
+"""Files next to a policy: the cost of its training, and the reward curve."""
 
 
 class TuningError(ValueError):
@@ -30,13 +30,13 @@ class TuningError(ValueError):
 def expect(
     settings: object, name: str, is_right: bool, expected: str, error: type[Exception] = TuningError
 ) -> None:
-    """Refuse (`error`) a setting that is not what is expected."""
+    """Raise `error` unless a setting is as expected."""
     if not is_right:
         raise error(f"{name}: expected {expected}, got {getattr(settings, name)!r}.")
 
 
 def check_above_zero(settings: object, *names: str) -> None:
-    """Refuse (`TuningError`) settings that are not above 0."""
+    """Raise a `TuningError` unless the settings are above 0."""
     for name in names:
         expect(settings, name, getattr(settings, name) > 0, "more than 0")
 
@@ -50,17 +50,17 @@ def check_prompts(
     noun: str = "prompts",
     error: type[Exception] = TuningError,
 ) -> None:
-    """Refuse (`error`) too few prompts, two of one id, and those that a model cannot take."""
+    """Raise `error` for too few prompts, duplicate ids, or prompts the reward does not apply to."""
     if len(prompts) < least:
         raise error(f"{noun}: expected at least {least}, got {len(prompts)}. Pass more.")
     counts = Counter(prompt.id for prompt in prompts)
     if repeated := sorted(name for name, count in counts.items() if count > 1):
-        raise error(f"{noun}: expected different ids, got {repeated[:5]} more than once.")
+        raise error(f"{noun}: expected distinct ids, got {repeated[:5]} more than once.")
     if unfit := [prompt for prompt in prompts if not applies_to(reward_model, prompt)]:
         raise error(
             f"{noun}: expected prompts that the reward {reward_name(reward_model)!r} applies to, "
             f"got {len(unfit)} others of {len(prompts)}, first {unfit[0].id!r}, whose metadata has "
-            f"{sorted(unfit[0].metadata)}. Add what the reward needs, or leave them out."
+            f"{sorted(unfit[0].metadata)}. Add the metadata that the reward needs, or remove them."
         )
     if language_model is not None:
         for prompt in prompts:
@@ -69,7 +69,7 @@ def check_prompts(
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingReport:
-    """What a training took: by candidates, responses and scores, and by what is trained."""
+    """Cost of a training, split into candidates, responses and scores, and network updates."""
 
     algorithm: str
     curve: Sequence[Any]
@@ -77,7 +77,7 @@ class TrainingReport:
     training_flops: float
 
     def ledger(self) -> dict[str, Any]:
-        """What training took, as JSON values."""
+        """The cost of training, as JSON values."""
         return {
             "algorithm": self.algorithm,
             **self.usage.as_dict(),
@@ -87,18 +87,18 @@ class TrainingReport:
 
 
 def checkpoints_of(folder: Path) -> Path:
-    """Where the checkpoints of a run lie: beside what it writes in the end."""
+    """Folder of a run's checkpoints, next to its output folder."""
     return folder.with_name(f"{folder.name}-checkpoints")
 
 
 def claim(checkpoints: Path, record: Mapping[str, Any]) -> str | None:
-    """`claim_checkpoints`, whose errors and full disks are a `TuningError`."""
+    """`claim_checkpoints` that raises a `TuningError` for its errors and full disks."""
     with storage(checkpoints):
         return claim_checkpoints(checkpoints, record, TuningError)
 
 
 def run(trainer: Any, checkpoints: Path, resumed: str | None) -> None:
-    """Train with a trainer of transformers to the end, or to Ctrl-C and a checkpoint."""
+    """Run a transformers trainer to the end, or save a checkpoint after Ctrl-C."""
     from transformers import TrainerCallback
 
     with quiet(), storage(checkpoints), stop_asked("this step") as asked:
@@ -109,7 +109,7 @@ def run(trainer: Any, checkpoints: Path, resumed: str | None) -> None:
                     control.should_save = control.should_training_stop = True
 
         trainer.add_callback(StopAfterStep())
-        # peft looks for the base's own config, to see whether tokens were added.
+        # peft looks for the base model's own config, to detect added tokens.
         warnings.filterwarnings("ignore", "Could not find a config file")
         try:
             trainer.train(resume_from_checkpoint=resumed)
@@ -121,16 +121,16 @@ def run(trainer: Any, checkpoints: Path, resumed: str | None) -> None:
 
 
 def stopped(where: str, checkpoints: Path) -> KeyboardInterrupt:
-    """What is raised after Ctrl-C."""
+    """The exception to raise after Ctrl-C."""
     return KeyboardInterrupt(
-        f"Stopped {where}. The same call goes on from the last checkpoint in {checkpoints}; remove "
-        "that folder to begin anew."
+        f"Stopped {where}. The same call resumes from the last checkpoint in {checkpoints}; remove "
+        "that folder to start again."
     )
 
 
 @contextmanager
 def stop_asked(after: str) -> Iterator[list[bool]]:
-    """Note the first Ctrl-C, of the main thread, and say what is still done; a second one stops."""
+    """Record the first Ctrl-C of the main thread, to finish the step; a second stops at once."""
     asked: list[bool] = []
     if threading.current_thread() is not threading.main_thread():
         yield asked
@@ -150,7 +150,7 @@ def stop_asked(after: str) -> Iterator[list[bool]]:
 
 @contextmanager
 def storage(path: Path) -> Iterator[None]:
-    """`writing` with a `TuningError`, also for what torch makes of a full disk."""
+    """`writing` with a `TuningError`, including torch's errors for a full disk."""
     with writing(path, TuningError):
         try:
             yield

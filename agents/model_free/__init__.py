@@ -1,4 +1,4 @@
-"""Agents that learn from reward alone."""
+"""Agents that learn from rewards alone."""
 
 from mbrl_text_env._lazy import attach
 

@@ -1,4 +1,4 @@
-"""A trained choice among candidates at work: as an agent under budgets, and in whole episodes."""
+"""Use a trained candidate policy: as an agent with budgets, and in whole episodes."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from mbrl_text_env.rewards.base import RewardLike, RewardModel, score_responses
 from mbrl_text_env.types import FloatArray, Ledger, Prompt, TextState, Usage
 
 if TYPE_CHECKING:
-    # It needs torch; an agent that only looks it up by name does not.
+    # Needs torch, which is not needed to list agents by name.
     from mbrl_text_env.agents.model_free.candidate_policy import CandidatePolicy
 
 Choose = Callable[[npt.NDArray[np.float32]], npt.NDArray[np.int64]]
-"""From features float32[B, layout.size] to the candidates chosen, int64[B]."""
+"""Maps features float32[B, layout.size] to chosen candidates, int64[B]."""
 
 
 class CandidateAgent(Planner):
-    """Lets a trained policy choose among K proposed chunks, one after the other.
+    """An agent whose trained policy (PPO or DQN) chooses among K proposed chunks at each step.
 
-    Each round is an episode, with other candidates. All K chunks of a step are charged, and so is
-    what the policy looks at.
+    Each round is an episode with new candidates. All K chunks of a step are charged, and so are the
+    policy's features.
 
     Args:
-        policy: What `train_ppo` and `train_dqn` train. It says how many chunks of what length are
-            drawn at which temperature; one of another model or reward is a `TuningError`.
-        max_response_tokens: Token limit of a response; None for the policy's own.
+        policy: A policy from `train_ppo` or `train_dqn`. It sets the number, length and temperature
+            of the chunks. A policy for another model or reward is a `TuningError`.
+        max_response_tokens: Maximum number of tokens in a response; None uses the policy's limit.
 
     Example:
         >>> agent = CandidateAgent(lm, reward, load_policy("ppo", lm, reward))  # doctest: +SKIP
@@ -69,14 +69,14 @@ class CandidateAgent(Planner):
         self.encoder = None if isinstance(resolved, str) else resolved
 
     async def plan(self, search: Search) -> None:
-        """One episode."""
+        """Run one episode."""
         node: Node | None = search.tree.root
         known: Known = {}
         while node is not None and not node.is_terminal:
             node = await self._chosen(search, node, known)
 
     async def _chosen(self, search: Search, node: Node, known: Known) -> Node | None:
-        """The child that the policy chooses; None where the budget does not allow the choice."""
+        """Return the child that the policy chooses; None if the budget does not allow a choice."""
         count = self.policy.view.num_candidates
         [row] = await search.expand([Expansion(node, count, self.chunk_tokens, valued=False)])
         proposer = self._proposer(node.state.prompt)
@@ -100,7 +100,7 @@ class CandidateAgent(Planner):
         return chosen
 
     def _proposer(self, prompt: Prompt) -> CandidateProposer:
-        """One for all searches, so that its calls are merged."""
+        """One proposer for all searches, so that its calls are merged."""
         if self._shared_proposer is None:
             view = replace(self.policy.view, max_response_tokens=self.max_response_tokens)
             encoder = view.encoder if view.encoder == "language_model" else self.encoder
@@ -117,9 +117,9 @@ def play(
     seeds: Sequence[int],
     ledgers: Sequence[Ledger],
 ) -> list[TextState]:
-    """Choose chunk after chunk until all B responses have ended; returns the terminal states.
+    """Choose chunks until all B responses have ended; return the terminal states.
 
-    The candidates of a state follow from its seed; its ledger is charged.
+    Each state's candidates are derived from its seed, and its usage is charged to its ledger.
     """
     found = list(states)
     known: list[Known] = [{} for _ in states]
@@ -145,10 +145,10 @@ def evaluate(
     ledger: Ledger | None = None,
     choose: Callable[[Any], Any] | None = None,
 ) -> FloatArray:
-    """Scores of E episodes of each of P prompts in which the policy chooses, float64[P, E].
+    """Scores of E episodes for each of P prompts, float64[P, E].
 
-    `choose` takes its place, from features to candidates, such as a random choice to compare with.
-    Two policies with one seed are offered the same candidates at the start.
+    `choose` replaces the policy: it maps features to candidates, for example at random. Two
+    policies with the same seed get the same first candidates.
     """
     policy.check_fits(language_model, reward_model)
     encoder = policy.view.resolved(policy.encoder)

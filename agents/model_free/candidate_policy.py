@@ -1,4 +1,4 @@
-"""Policies that choose among the chunks that a language model proposes, and their settings."""
+"""Policies that choose among chunks proposed by a language model, and their settings."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ from mbrl_text_env.task import TextTask
 from mbrl_text_env.types import FloatArray, Prompt, Usage
 
 EncoderName = Literal["embedded", "language_model", "own"]
-"""MiniLM, the language model's own features, or an encoder that is passed in."""
+"""MiniLM, the language model's own features, or a custom encoder."""
 
 ChunkReward = Literal["terminal", "delta"]
-"""When the score is paid: at the end, or chunk by chunk as it rises (the sum is the same)."""
+"""When the score is paid: at the end, or as its change after each chunk (the sum is the same)."""
 
 POLICY = FolderKind(
     noun="policy",
@@ -47,10 +47,10 @@ POLICY = FolderKind(
 
 @dataclass(frozen=True)
 class CandidateView:
-    """What a policy chooses from, K chunks, and what it sees of them.
+    """The observation of a candidate policy: K chunks and their features.
 
-    `encoder` embeds the prefix with each candidate (None for no embeddings); with `prefix_rewards`
-    the reward model scores it.
+    `encoder` embeds the prefix with each candidate (None disables embeddings). With
+    `prefix_rewards`, the reward model scores the prefix with each candidate.
     """
 
     num_candidates: int = 4
@@ -65,19 +65,19 @@ class CandidateView:
         expect(self, "num_candidates", self.num_candidates >= 2, "at least 2, to choose from")
         expect(self, "encoder", self.encoder in names, f"one of {names}")
         check_above_zero(self, "chunk_tokens", "max_response_tokens")
-        expect(self, "temperature", 0 <= self.temperature < math.inf, "0 or more, and finite")
+        expect(self, "temperature", 0 <= self.temperature < math.inf, "a finite number >= 0")
 
     @property
     def params(self) -> SamplingParams:
-        """How candidates are drawn."""
+        """Sampling parameters of the candidates."""
         return SamplingParams(temperature=self.temperature)
 
     def resolved(self, encoder: Encoder | None) -> Encoder | str | None:
-        """The encoder as `CandidateProposer` takes it; one's own is given where the view's is."""
+        """The encoder for `CandidateProposer`; a custom one must be passed for `"own"`."""
         if (self.encoder == "own") != (encoder is not None):
             wanted = "an object with encode(texts)" if encoder is None else "None"
             raise TuningError(
-                f"encoder: expected {wanted}, for the view's encoder is {self.encoder!r}, got "
+                f"encoder: expected {wanted}, because the view's encoder is {self.encoder!r}, got "
                 f"{encoder!r}."
             )
         if self.encoder == "embedded":
@@ -93,7 +93,7 @@ class CandidateView:
         prompts: Sequence[Prompt],
         encoder: Encoder | str | None,
     ) -> CandidateProposer:
-        """What proposes and describes the candidates, with an encoder from `resolved`."""
+        """Create the proposer of candidates and features, with an encoder from `resolved`."""
         limits: dict[str, Any] = {"max_response_tokens": self.max_response_tokens}
         limits["max_chunk_tokens"] = self.chunk_tokens
         task = TextTask(prompts, language_model, reward_model, **limits)
@@ -103,17 +103,17 @@ class CandidateView:
 
 @dataclass(frozen=True)
 class ChoiceSettings(CandidateView):
-    """What PPO and DQN have in common; for the view's fields see `CandidateView`.
+    """Settings shared by PPO and DQN; for the view's fields see `CandidateView`.
 
     Args:
-        total_steps: Environment steps, each of which draws K chunks; whole rollouts are played.
-        num_envs: Environments that are stepped together.
-        reward: `"delta"` pays each chunk what it adds to the score, for which every prefix is
-            scored; `"terminal"` pays the score at the end.
-        hidden: Sizes of the network's hidden layers; none for a linear policy.
-        save_steps, eval_steps: Environment steps between checkpoints, and between measurements of
-            `eval_episodes` of each validation prompt.
-        flat_episodes: If so many first episodes all have one score, that is an error.
+        total_steps: Environment steps, each sampling K chunks; rounded up to full rollouts.
+        num_envs: Number of parallel environments.
+        reward: `"delta"` rewards each chunk with its change of the score, so every prefix is
+            scored; `"terminal"` rewards the last chunk with the score.
+        hidden: Sizes of the network's hidden layers; empty for a linear policy.
+        save_steps, eval_steps: Environment steps between checkpoints, and between evaluations of
+            `eval_episodes` episodes per validation prompt.
+        flat_episodes: An error is raised if this many first episodes all have the same score.
     """
 
     total_steps: int = 4096
@@ -140,16 +140,16 @@ class ChoiceSettings(CandidateView):
 
     @property
     def view(self) -> CandidateView:
-        """What the policy needs to know where it is used."""
+        """The part of the settings that is needed to use the policy."""
         return CandidateView(**{f.name: getattr(self, f.name) for f in fields(CandidateView)})
 
 
 @dataclass(frozen=True)
 class PPOSettings(ChoiceSettings):
-    """How PPO learns, in stable-baselines3's terms; see `ChoiceSettings` for the rest.
+    """PPO settings, in stable-baselines3's terms; see `ChoiceSettings` for the rest.
 
-    `rollout_steps` are environment steps between two updates, over all environments: a multiple of
-    `num_envs`, and at least a batch. `entropy` weighs the bonus.
+    `rollout_steps` is the number of environment steps between updates, over all environments: a
+    multiple of `num_envs`, and at least `batch_size`. `entropy` is the weight of the bonus.
     """
 
     rollout_steps: int = 512
@@ -172,10 +172,11 @@ class PPOSettings(ChoiceSettings):
 
 @dataclass(frozen=True)
 class DQNSettings(ChoiceSettings):
-    """How DQN learns, in stable-baselines3's terms; see `ChoiceSettings` for the rest.
+    """DQN settings, in stable-baselines3's terms; see `ChoiceSettings` for the rest.
 
-    `learning_starts` and `target_interval` are in environment steps, `updates` those after a step
-    of all environments. Random choices fall to `exploration_final` over the `exploration_fraction`.
+    `learning_starts` and `target_interval` are in environment steps. `updates` is the number after
+    each step of all environments. The exploration rate decays to `exploration_final` over
+    `exploration_fraction` of the training.
     """
 
     buffer_size: int = 20_000
@@ -196,9 +197,9 @@ class DQNSettings(ChoiceSettings):
 
 @dataclass(frozen=True)
 class Measured:
-    """Mean scores of the policy's choices, one a validation prompt, after so many steps.
+    """Mean scores of the policy, one per validation prompt, after a number of steps.
 
-    Usage, FLOPs and wall time are the training's so far; `own_usage` is what measuring took.
+    Usage, FLOPs and wall time are the training's so far; `own_usage` is the evaluation's.
     """
 
     steps: int
@@ -216,10 +217,10 @@ class Measured:
 
 @dataclass(frozen=True, kw_only=True)
 class ChoiceReport(TrainingReport):
-    """What training did and took; see `TrainingReport` for the rest.
+    """Results and cost of a training; see `TrainingReport` for the rest.
 
-    The curve has (steps, score) of each episode that ended. The first measurement on the validation
-    prompts is before any training; wall time is without these.
+    The curve has the pair (steps, score) of each finished episode. The first evaluation is before
+    any training. Wall time excludes the evaluations.
     """
 
     steps: int
@@ -228,12 +229,12 @@ class ChoiceReport(TrainingReport):
     wall_seconds: float
 
     def ledger(self) -> dict[str, Any]:
-        """What training took, as JSON values."""
+        """The cost of training, as JSON values."""
         return super().ledger() | {"steps": self.steps, "wall_seconds": self.wall_seconds}
 
 
 class _Network(nn.Module):
-    """A network (tanh; linear without `hidden`) on one row of numbers."""
+    """A network on one row of features: tanh layers, or linear without `hidden`."""
 
     def __init__(self, layout: FeatureLayout, hidden: Sequence[int]) -> None:
         super().__init__()
@@ -247,7 +248,7 @@ class _Network(nn.Module):
 
 
 class CandidateScorer(_Network):
-    """A score for each candidate, by one network that sees what the view shows of it."""
+    """Scores each candidate from its features, with shared weights."""
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """float32[B, K] for float32[B, layout.size]."""
@@ -264,7 +265,7 @@ class CandidateScorer(_Network):
 
 
 class StateValue(_Network):
-    """The value of a state; the order of its candidates does not matter."""
+    """The value of a state; it does not depend on the order of the candidates."""
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """float32[B, 1] for float32[B, layout.size]."""
@@ -279,18 +280,18 @@ class StateValue(_Network):
 
 
 def _scaled(vectors: torch.Tensor) -> torch.Tensor:
-    """Vectors with a root mean square of 1; those of zeros stay."""
+    """Scale vectors to a root mean square of 1; zero vectors are unchanged."""
     size = vectors.square().mean(dim=-1, keepdim=True).sqrt()
     return vectors / size.clamp_min(1e-6)
 
 
 @dataclass(eq=False)
 class CandidatePolicy:
-    """A trained choice among candidates.
+    """A trained policy that chooses among candidates.
 
-    The candidate to which the `scorer` gives the highest score is chosen, the first of equals. It
-    was trained on the `view`, with a language model and a reward of these names (None fits any);
-    `encoder` is that of its features where the view's is `"own"`.
+    It chooses the candidate with the highest `scorer` score, the first if tied. It was trained on
+    the `view`, with the named language model and reward (None allows any). `encoder` is required if
+    the view's encoder is `"own"`.
     """
 
     scorer: CandidateScorer
@@ -309,29 +310,29 @@ class CandidatePolicy:
 
     @property
     def flops(self) -> float:
-        """Floating-point operations of one choice."""
+        """FLOPs of one choice."""
         weights = sum(p.numel() for p in self.scorer.parameters())
         return 2.0 * weights * self.view.num_candidates
 
     def scores(self, features: npt.ArrayLike) -> FloatArray:
-        """Scores of the candidates, float64[B, K], for float32[B, layout.size] of the view."""
+        """Candidate scores, float64[B, K], for the view's features, float32[B, layout.size]."""
         rows = np.asarray(features, dtype=np.float32)
         if rows.ndim != 2 or rows.shape[1] != self.scorer.layout.size:
             raise TuningError(
-                f"features: expected [B, {self.scorer.layout.size}], as the view that the policy "
-                f"was trained on shows ({self.view}), got {list(rows.shape)}."
+                f"features: expected [B, {self.scorer.layout.size}] for the view that the policy "
+                f"was trained on ({self.view}), got {list(rows.shape)}."
             )
         with torch.inference_mode():
             return self.scorer(torch.from_numpy(rows)).numpy().astype(np.float64)
 
     def choose(self, features: npt.ArrayLike) -> npt.NDArray[np.int64]:
-        """int64[B], the candidate of the highest score in each row."""
+        """Return the highest-scoring candidate of each row, int64[B]."""
         return self.scores(features).argmax(axis=1)
 
     def check_fits(
         self, language_model: LanguageModel | None, reward_model: RewardModel | None
     ) -> None:
-        """Refuse (`TuningError`) other models than it was trained with; None fits."""
+        """Raise a `TuningError` for models other than those it was trained with; None fits."""
         for what, own, given in (
             ("language model", self.language_model_name, language_model and language_model.name),
             ("reward", self.reward_name, reward_model and reward_name(reward_model)),
@@ -339,12 +340,11 @@ class CandidatePolicy:
             if own is not None and given is not None and own != given:
                 raise TuningError(
                     f"The policy was trained with the {what} {own!r}, got {given!r}. Train one for "
-                    f"that, or set its {what.replace(' ', '_')}_name to None to use it all the "
-                    "same."
+                    f"that, or set its {what.replace(' ', '_')}_name to None to use it anyway."
                 )
 
     def save(self, folder: str | Path, notes: dict[str, Any] | None = None) -> None:
-        """Write safetensors, JSON and notes, whole or not at all; `TuningError` if it cannot."""
+        """Save as safetensors and JSON with notes, atomically; `TuningError` if that fails."""
         from safetensors.torch import save_file
 
         config = {
@@ -370,11 +370,11 @@ def load_policy(
     encoder: Encoder | None = None,
     name: str = "",
 ) -> CandidatePolicy:
-    """Read a policy that `train_ppo` or `train_dqn` wrote; `TuningError` for other folders.
+    """Load a policy that `train_ppo` or `train_dqn` wrote; `TuningError` for other folders.
 
-    A language model or reward that it was not trained with is a `TuningError` too; None is not
-    checked. `encoder` is that of the features where one's own was passed to the training, `name`
-    what reports call the policy instead of the algorithm.
+    It is also a `TuningError` if the language model or reward is not the one it was trained with;
+    None is not checked. Pass `encoder` if the training used a custom one. `name` replaces the
+    algorithm's name in reports.
     """
     with POLICY.reading(folder) as (config, arrays):
         view = CandidateView(**{f.name: config["view"][f.name] for f in fields(CandidateView)})

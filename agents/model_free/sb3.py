@@ -1,4 +1,4 @@
-"""PPO and DQN of stable-baselines3 learn to choose among a language model's candidates."""
+"""Train a choice among a language model's candidates with stable-baselines3's PPO and DQN."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from mbrl_text_env.wrappers import CandidateChunksVector, make_candidate_chunks
 
 _PPO_DEFAULTS, _DQN_DEFAULTS = PPOSettings(), DQNSettings()
 _VALIDATION_STREAM = 1
-# Forward and backward pass of a small network, in forward passes.
+# Cost of a forward and backward pass, in forward passes.
 _PASSES = 3
 
 
@@ -55,30 +55,30 @@ def train_ppo(
     callbacks: Sequence[BaseCallback] = (),
     progress_bar: bool = False,
 ) -> ChoiceReport:
-    """Train a choice among candidates with Proximal Policy Optimization.
+    """Train a policy that chooses among candidates with Proximal Policy Optimization.
 
     Source: Schulman et al., "Proximal Policy Optimization Algorithms", 2017, by
     stable-baselines3's `PPO`. Deviations: the actor scores each candidate with the same weights; a
-    response that meets its token limit counts as ended, not as cut off.
+    response that reaches its token limit is terminated, not truncated.
 
-    From its checkpoints in `<folder>-checkpoints` a call that was stopped goes on, on a CPU as if
-    it had not been. They and the policy's folder hold safetensors and JSON alone.
+    An interrupted run resumes from its checkpoints in `<folder>-checkpoints`; on a CPU the result
+    is the same. The checkpoints and the policy's folder have only safetensors and JSON.
 
     Args:
-        reward_model: Whatever `as_reward_model` takes; of the order of 1.
-        prompts: To train on, with different ids.
-        folder: Where the policy is written, with `ledger.json` and `curve.json`; `load_policy`
-            takes it.
-        validation: Prompts that the policy is measured on every `eval_steps`; none by default.
-        encoder: One's own, with `encoder="own"` in the settings.
-        callbacks: Further callbacks of stable-baselines3, such as its `EvalCallback`. No checkpoint
-            has their state: a training that goes on starts them new.
+        reward_model: Anything that `as_reward_model` accepts; its scores should be of order 1.
+        prompts: Training prompts with distinct ids.
+        folder: Output folder of the policy, with `ledger.json` and `curve.json`; load it with
+            `load_policy`.
+        validation: Prompts to evaluate the policy on every `eval_steps`; none by default.
+        encoder: A custom encoder, with `encoder="own"` in the settings.
+        callbacks: Further stable-baselines3 callbacks, such as `EvalCallback`. Checkpoints do not
+            save their state, so they start again when a run resumes.
 
     Raises:
-        TuningError: Prompts are missing, doubled or not for this reward, all first episodes have
-            one score, the checkpoints are of another training, or there is no space left.
+        TuningError: Prompts are missing, duplicated or unsuited to this reward, all first episodes
+            have the same score, the checkpoints are from another training, or the disk is full.
         RewardError: The reward failed.
-        KeyboardInterrupt: It was stopped; a checkpoint is saved and the same call goes on.
+        KeyboardInterrupt: The run was stopped; a checkpoint is saved and the same call resumes it.
 
     Example:
         >>> report = train_ppo(embedded(), make("sentiment"), prompts, "ppo")  # doctest: +SKIP
@@ -100,13 +100,13 @@ def train_dqn(
     callbacks: Sequence[BaseCallback] = (),
     progress_bar: bool = False,
 ) -> ChoiceReport:
-    """Train a choice among candidates with Deep Q-Learning; arguments and errors: `train_ppo`.
+    """Train a policy that chooses among candidates with Deep Q-Learning, like `train_ppo`.
 
     Source: Mnih et al., "Human-level control through deep reinforcement learning", Nature 2015, by
-    stable-baselines3's `DQN`. Deviations: Q is the sum of a score for each candidate, by the same
-    weights, and a value of the state, as in Wang et al., "Dueling Network Architectures for Deep
-    Reinforcement Learning", 2016, without the subtraction of the mean; with several environments
-    all of them explore in the same steps; a response that meets its token limit counts as ended.
+    stable-baselines3's `DQN`. Deviations: Q is the sum of a score of each candidate, with shared
+    weights, and a state value, as in Wang et al., "Dueling Network Architectures for Deep
+    Reinforcement Learning", 2016, but without subtracting the mean; parallel environments explore
+    in the same steps; a response that reaches its token limit is terminated, not truncated.
     """
     given = (reward_model, prompts, folder, settings, validation, encoder)
     return Training("dqn", language_model, *given).run(callbacks, progress_bar)
@@ -114,7 +114,7 @@ def train_dqn(
 
 @dataclass(eq=False)
 class Training(BaseCallback):
-    """One training: it notes the episodes, and between two rollouts measures, saves and stops."""
+    """A training run: it records episodes, and between rollouts evaluates, saves and stops."""
 
     algorithm: str
     language_model: LanguageModel
@@ -135,11 +135,11 @@ class Training(BaseCallback):
         self.prompts, self.validation = as_prompts(self.prompts), as_prompts(self.validation)
         self.checkpoints = training.checkpoints_of(self.folder)
         self.is_stopped = False
-        # How often a checkpoint was due; unknown before the first rollout of this call.
+        # Number of checkpoints due so far; unknown before the first rollout of this call.
         self._saves: int | None = None
 
     def run(self, callbacks: Sequence[BaseCallback], progress_bar: bool) -> ChoiceReport:
-        """Train, or go on, to the end, and write the policy; see `train_ppo`."""
+        """Run or resume the training to the end and write the policy; see `train_ppo`."""
         POLICY.check_target(self.folder)
         models = self.reward_model, self.language_model
         training.check_prompts(self.prompts, *models)
@@ -151,7 +151,7 @@ class Training(BaseCallback):
             model = _made_model(sb3_parts.ResumableEnv(env), settings)
             if resumed is not None:
                 self._recall(Path(resumed), model)
-            # What going on from a checkpoint took is not part of the training.
+            # The cost of restoring a checkpoint is not part of the training.
             self._noted, self._since = env.ledger.usage, time.perf_counter()
             left = settings.total_steps - model.num_timesteps
             if left > 0:
@@ -181,14 +181,14 @@ class Training(BaseCallback):
         return report
 
     def _policy(self, model: BaseAlgorithm) -> CandidatePolicy:
-        """The policy as it is now."""
+        """The current policy."""
         networks: Any = model.policy
         settings, names = self.settings, (self.language_model.name, reward_name(self.reward_model))
         made = networks.scorer, settings.view, settings.hidden, self.algorithm
         return CandidatePolicy(*made, *names, self.encoder)
 
     def _validate(self, model: BaseAlgorithm) -> None:
-        """Measure the policy on the validation prompts, on the same candidates each time."""
+        """Evaluate the policy on the validation prompts, on the same first candidates."""
         ledger = Ledger()
         seed = spawn_seed(self.settings.seed, _VALIDATION_STREAM)
         given = self._policy(model), self.language_model, self.reward_model, self.validation
@@ -230,7 +230,7 @@ class Training(BaseCallback):
         return view
 
     def _described(self) -> dict[str, Any]:
-        """Whatever the result depends on."""
+        """Everything that the result depends on."""
         return {
             "algorithm": self.algorithm,
             "settings": asdict(self.settings),
@@ -241,7 +241,7 @@ class Training(BaseCallback):
         }
 
     def _training_flops(self, model: BaseAlgorithm) -> float:
-        """Of the network: a choice a step, and the updates."""
+        """FLOPs of the network: one choice per step, and the updates."""
         settings, steps = self.settings, model.num_timesteps
         learned = 0
         if isinstance(settings, PPOSettings):
@@ -252,10 +252,10 @@ class Training(BaseCallback):
         weights = sum(p.numel() for p in model.policy.parameters())
         return 2.0 * weights * settings.num_candidates * (steps + _PASSES * learned)
 
-    # What stable-baselines3 calls.
+    # Called by stable-baselines3.
 
     def _on_rollout_start(self) -> None:
-        """Everything is between two rollouts: trained, and not yet begun again."""
+        """Evaluate, save or stop between two rollouts, after the updates."""
         settings, steps = self.settings, self.num_timesteps
         if self.validation:
             seen = self.validated[-1].steps if self.validated else -settings.eval_steps
@@ -281,14 +281,14 @@ class Training(BaseCallback):
         settings: Any = self.settings
         model: Any = self.model
         if isinstance(settings, DQNSettings):
-            # By the steps of the whole training, which a checkpoint keeps: DQN counts its calls.
+            # By the steps of the whole training, which checkpoints keep; DQN counts its calls.
             every = max(settings.target_interval // settings.num_envs, 1)
             if self.num_timesteps // settings.num_envs % every == 0:
                 model.q_net_target.load_state_dict(model.q_net.state_dict())
         return True
 
     def _note(self) -> None:
-        """Take over what was spent since the last time."""
+        """Add the usage and time since the last call."""
         usage, now = self._env.ledger.usage, time.perf_counter()
         self.usage += usage - self._noted
         self.wall_seconds += now - self._since
@@ -304,7 +304,7 @@ class Training(BaseCallback):
             raise TuningError(
                 f"reward {reward_name(self.reward_model)!r}: expected scores that differ, got "
                 f"{curve[0][1]:.4g} for all of the first {len(curve)} episodes: there is nothing "
-                "to learn from. Check the reward, or take other prompts."
+                "to learn from. Check the reward, or use other prompts."
             )
 
 

@@ -1,7 +1,7 @@
-"""The vector environment, policies and checkpoints of training by stable-baselines3.
+"""The vector environment, policies and checkpoints for training with stable-baselines3.
 
-Checkpoints are safetensors and JSON of public attributes, with the states of the environments;
-stable-baselines3's own `save` writes pickles, and nothing of the environment.
+Checkpoints are safetensors and JSON of public attributes, with the environments' states. The `save`
+method of stable-baselines3 writes pickles, without the environments.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ _KEPT = 2
 
 
 class VectorEnvAdapter(VecEnv):
-    """A Gymnasium vector environment for stable-baselines3, which otherwise steps one by one.
+    """Wrap a Gymnasium vector environment as a stable-baselines3 `VecEnv`, stepped in batches.
 
     Args:
-        env: Its autoreset mode is `SameStep`, or a `ValueError` is raised.
-        bootstrap_truncated: Whether an episode that was truncated is treated as if it went on.
-            False for text environments, where the token limit is part of the task.
+        env: A vector environment with autoreset mode `SameStep`; a `ValueError` otherwise.
+        bootstrap_truncated: Whether to bootstrap the value of truncated episodes. False for text
+            environments, because the token limit is part of the task.
 
     Example:
         >>> env = gym.make_vec(
@@ -65,7 +65,7 @@ class VectorEnvAdapter(VecEnv):
         super().__init__(env.num_envs, env.single_observation_space, env.single_action_space)
 
     def reset(self) -> Any:
-        """Reset all environments; returns the observations."""
+        """Reset all environments and return the observations."""
         seeds = None if all(seed is None for seed in self._seeds) else list(self._seeds)
         options = self._options[0]
         if any(other != options for other in self._options):
@@ -79,17 +79,17 @@ class VectorEnvAdapter(VecEnv):
         return observations
 
     def step_async(self, actions: npt.NDArray[Any]) -> None:
-        """Keep the actions for `step_wait`."""
+        """Store the actions for `step_wait`."""
         self._actions = actions
 
     def step_wait(self) -> Any:
-        """Step all environments; a reward that is NaN or infinite is a `RewardError`."""
+        """Step all environments; raise a `RewardError` for NaN or infinite rewards."""
         observations, rewards, terminated, truncated, infos = self.env.step(self._actions)
         bad = np.flatnonzero(~np.isfinite(rewards))
         if bad.size:
             raise RewardError(
                 f"Expected finite rewards, got {np.asarray(rewards)[bad].tolist()} from "
-                f"environments {bad.tolist()}. Make the environment with failed_reward=0.0, or "
+                f"environments {bad.tolist()}. Create the environment with failed_reward=0.0, or "
                 "with on_reward_error='raise'."
             )
         dones = np.logical_or(terminated, truncated)
@@ -110,27 +110,27 @@ class VectorEnvAdapter(VecEnv):
         self.env.close()
 
     def get_images(self) -> Sequence[Any]:
-        """A frame of each environment; None where frames are not rendered."""
+        """Rendered frame of each environment; None if rendering is disabled."""
         frames = self.env.render() if self.render_mode == "rgb_array" else None
         return [None] * self.num_envs if frames is None else list(frames)
 
     def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
-        """The attribute that all environments share, once for each asked for."""
+        """Return the shared attribute once per requested environment."""
         return [getattr(self.env, attr_name) for _ in self._get_indices(indices)]
 
     def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
-        """Set an attribute of the vector environment, which all of them share."""
+        """Set an attribute of the vector environment, shared by all environments."""
         setattr(self.env, attr_name, value)
 
     def env_method(
         self, method_name: str, *method_args: Any, indices: Any = None, **method_kwargs: Any
     ) -> list[Any]:
-        """Call a method of the vector environment once; its result for each one asked for."""
+        """Call a method of the vector environment once; return its result per environment."""
         result = getattr(self.env, method_name)(*method_args, **method_kwargs)
         return [result for _ in self._get_indices(indices)]
 
     def env_is_wrapped(self, wrapper_class: Any, indices: Any = None) -> list[bool]:
-        """Whether a vector wrapper of this class is around the environment."""
+        """Whether a vector wrapper of this class wraps the environment."""
         env: Any = self.env
         while not isinstance(env, wrapper_class) and hasattr(env, "env"):
             env = env.env
@@ -138,7 +138,7 @@ class VectorEnvAdapter(VecEnv):
 
 
 def _row(stacked: Mapping[str, Any], index: int) -> dict[str, Any]:
-    """The info of one environment out of Gymnasium's info of all."""
+    """Extract the info of one environment from Gymnasium's batched info."""
     row = {}
     for key, values in stacked.items():
         if key.startswith("_") or not stacked[f"_{key}"][index]:
@@ -149,7 +149,7 @@ def _row(stacked: Mapping[str, Any], index: int) -> dict[str, Any]:
 
 
 class _ActorAndCritic(nn.Module):
-    """Two networks with the methods of stable-baselines3's extractor."""
+    """Two networks with the interface of stable-baselines3's `mlp_extractor`."""
 
     def __init__(self, layout: FeatureLayout, hidden: Sequence[int]) -> None:
         super().__init__()
@@ -161,14 +161,14 @@ class _ActorAndCritic(nn.Module):
 
 
 class _QValues(_ActorAndCritic):
-    """The value of the state, and what each candidate adds to it."""
+    """Q-values: the state value plus a score per candidate."""
 
     def forward(self, features: torch.Tensor) -> Any:
         return self.value(features) + self.scorer(features)
 
 
 class _OfCandidates(BasePolicy):
-    """A policy that is told the layout of the observations, and the networks' hidden layers."""
+    """A policy with the observation layout and hidden layer sizes as arguments."""
 
     def __init__(
         self, *args: Any, layout: FeatureLayout, hidden: Sequence[int] = (64,), **kwargs: Any
@@ -178,9 +178,9 @@ class _OfCandidates(BasePolicy):
 
 
 class CandidateActorCritic(_OfCandidates, ActorCriticPolicy):
-    """PPO's policy: a logit for each candidate, and the value of the state.
+    """PPO's policy: a logit for each candidate, and the state value.
 
-    `layout` is that of the observations, `hidden` the sizes of both networks' hidden layers.
+    `layout` is the observation layout; `hidden` has the hidden layer sizes of both networks.
 
     Example:
         >>> layout = env.get_wrapper_attr("proposer").layout  # doctest: +SKIP
@@ -189,7 +189,7 @@ class CandidateActorCritic(_OfCandidates, ActorCriticPolicy):
 
     def _build(self, lr_schedule: Any) -> None:
         self.mlp_extractor: Any = _ActorAndCritic(self.layout, self.hidden)
-        # The two networks give logits and values themselves.
+        # The two networks return logits and values directly.
         networks: Any = self
         networks.action_net, networks.value_net = nn.Identity(), nn.Identity()
         options: Any = self.optimizer_kwargs
@@ -197,33 +197,33 @@ class CandidateActorCritic(_OfCandidates, ActorCriticPolicy):
 
     @property
     def scorer(self) -> CandidateScorer:
-        """The part that chooses: the candidate with the highest score is the greedy one."""
+        """The network that scores candidates; the greedy action is the highest score."""
         return self.mlp_extractor.scorer
 
 
 class CandidateDQNPolicy(_OfCandidates, DQNPolicy):
-    """DQN's policy: a value for each candidate; the arguments are `CandidateActorCritic`'s."""
+    """DQN's policy: a Q-value for each candidate. Arguments as in `CandidateActorCritic`."""
 
     def make_q_net(self) -> QNetwork:
-        """A network with weights of its own."""
+        """Create a network with its own weights."""
         network = QNetwork(**self._update_features_extractor(self.net_args))
         network.q_net = _QValues(self.layout, self.hidden)  # type: ignore[assignment, unused-ignore]
         return network.to(self.device)
 
     @property
     def scorer(self) -> CandidateScorer:
-        """The part that chooses: the candidate with the highest score is the greedy one."""
+        """The network that scores candidates; the greedy action is the highest score."""
         networks: Any = self.q_net.q_net
         return networks.scorer
 
 
 class ResumableEnv(VectorEnvAdapter):
-    """Begins at given observations instead of new episodes, where it was told some."""
+    """A vector environment that can start at restored observations instead of new episodes."""
 
     begins_at: Any = None
 
     def reset(self) -> Any:
-        """The observations to begin at, once; after that see `VectorEnvAdapter`."""
+        """Return the restored observations once; otherwise see `VectorEnvAdapter`."""
         found, self.begins_at = self.begins_at, None
         return super().reset() if found is None else found
 
@@ -231,7 +231,7 @@ class ResumableEnv(VectorEnvAdapter):
 def write_checkpoint(
     checkpoints: Path, model: BaseAlgorithm, env: CandidateChunksVector, notes: Mapping[str, Any]
 ) -> None:
-    """Write the state of a training between two rollouts, whole or not at all; two are kept."""
+    """Save the training state between two rollouts, atomically; the last two are kept."""
     from safetensors.torch import save_file
 
     algorithm: Any = model
@@ -270,7 +270,7 @@ def write_checkpoint(
     tensors["random/torch"] = torch.get_rng_state()
     with storage(checkpoints):
         with write_folder(checkpoints / f"checkpoint-{model.num_timesteps}") as scratch:
-            # Two names of one tensor (DQN's aliases) would be refused.
+            # safetensors rejects two names of one tensor (DQN's aliases).
             save_file({n: t.clone().contiguous() for n, t in tensors.items()}, scratch / _TENSORS)
             (scratch / _STATE).write_text(json.dumps(state), encoding="utf-8")
         found = sorted(checkpoints.glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
@@ -281,7 +281,7 @@ def write_checkpoint(
 def read_checkpoint(
     folder: Path, model: BaseAlgorithm, env: CandidateChunksVector, prompts: Mapping[str, Prompt]
 ) -> dict[str, Any]:
-    """Put a training where it was and return its notes; `TuningError` for a damaged checkpoint."""
+    """Restore a training and return its notes; a `TuningError` for a damaged checkpoint."""
     from safetensors.torch import load_file
 
     try:
@@ -292,7 +292,7 @@ def read_checkpoint(
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise TuningError(
             f"{folder}: expected a checkpoint of this training ({type(error).__name__}: {error}). "
-            "Remove it to go on from the one before."
+            "Remove it to resume from the previous one."
         ) from error
     return notes
 
@@ -319,7 +319,7 @@ def _restore(
     for part, values in ((model, state["model"]), (buffer, state.get("buffer", {}))):
         for name, value in values.items():
             setattr(part, name, value)
-    # The generators are there after a reset.
+    # The generators exist only after a reset.
     env.reset(seed=0)
     states = []
     for row in state["envs"]:
@@ -332,7 +332,7 @@ def _restore(
     base: Any = env.env
     for i, generator in enumerate(state["random"]["envs"]):
         base.generator(i).bit_generator.state = generator
-    # Last, for what is above may draw numbers.
+    # Last, because the code above can draw random numbers.
     name, keys, *rest = state["random"]["numpy"]
     np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))  # noqa: NPY002
     model.action_space.np_random.bit_generator.state = state["random"]["actions"]

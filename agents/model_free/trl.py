@@ -1,7 +1,7 @@
-"""GRPO and RLOO: policies that learn from any reward, through TRL's trainers and LoRA.
+"""GRPO and RLOO: train policies on any reward with TRL's trainers and LoRA.
 
-TRL computes advantages, losses and updates; prompts, sampling and scores are the package's own.
-`train_dyna` is GRPO on a learned head in place of most reward calls.
+TRL computes advantages, losses and updates; prompts, sampling and scores are this package's.
+`train_dyna` is GRPO with a learned head that replaces most reward calls.
 """
 
 from __future__ import annotations
@@ -32,26 +32,26 @@ if TYPE_CHECKING:
     from mbrl_text_env.rewards.learning.features import Features
 
 USAGE, FLAT = "usage/", "flat_share"
-"""What each step adds to the trainer's log, which checkpoints keep."""
+"""Prefix of the values that each step adds to the trainer's log, which checkpoints save."""
 
-# Forward passes' worth of work a token: the loss, the gradients of the activations (frozen weights
-# have none), and for RLOO the log-probabilities before the step.
+# Work per token in forward passes: the loss and the activation gradients (frozen weights have
+# none), and for RLOO also the log-probabilities before the step.
 _PASSES = {"grpo": 2, "rloo": 3}
 
 
 @dataclass(frozen=True)
 class PolicyGradientSettings(lora.AdapterSettings):
-    """How a policy is trained with GRPO or RLOO; for the adapter's fields see `AdapterSettings`.
+    """GRPO and RLOO settings; for the adapter's fields see `AdapterSettings`.
 
     Args:
-        steps: Steps of the optimizer.
-        num_generations: Responses to each prompt of a step, whose scores are compared; at least 2.
-        max_completion_length: Token limit of a response.
-        learning_rate: Its highest value; it falls linearly to 0.
-        beta: Weight of the KL divergence from the policy at the start; 0 saves its computation.
-        batch_size: Responses in one forward pass; a divisor of those of a step.
+        steps: Number of optimizer steps.
+        num_generations: Responses per prompt in a step (the group size), at least 2.
+        max_completion_length: Maximum number of tokens in a response.
+        learning_rate: Initial learning rate; it decays linearly to 0.
+        beta: Coefficient of the KL divergence from the initial policy; 0 skips its computation.
+        batch_size: Responses per forward pass; a divisor of the responses per step.
         save_steps: Steps between checkpoints.
-        flat_steps: So many first steps without two different scores in any group are an error.
+        flat_steps: An error is raised if in this many first steps all groups have equal scores.
     """
 
     steps: int = 60
@@ -71,7 +71,7 @@ class PolicyGradientSettings(lora.AdapterSettings):
         counts = ("steps", "prompts_per_step", "max_completion_length", "batch_size")
         rates = ("temperature", "learning_rate", "save_steps", "flat_steps")
         training.check_above_zero(self, *counts, *rates)
-        judged = "at least 2, for responses are judged against each other"
+        judged = "at least 2, because responses are compared with each other"
         expect(self, "num_generations", self.num_generations >= 2, judged)
         expect(self, "beta", self.beta >= 0, "0 or more")
         count = self.responses_per_step
@@ -80,16 +80,16 @@ class PolicyGradientSettings(lora.AdapterSettings):
 
     @property
     def responses_per_step(self) -> int:
-        """Responses that each step samples and learns from."""
+        """Number of responses that each step samples and learns from."""
         return self.prompts_per_step * self.num_generations
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """One step of training, from 1, and the mean score of its responses.
+    """One training step (numbered from 1), with the mean score of its responses.
 
-    `flat_share` is the share of prompts whose responses all have one score, and teach nothing; `kl`
-    the divergence (nats a token) from the policy at the start, None where beta is 0.
+    `flat_share` is the fraction of prompts whose responses all have the same score, which teach
+    nothing. `kl` is the divergence (nats per token) from the initial policy; None if beta is 0.
     """
 
     step: int
@@ -101,16 +101,16 @@ class StepReport:
 
     @classmethod
     def from_log(cls, entry: Mapping[str, Any]) -> StepReport:
-        """What the trainer's log says of a step."""
+        """Read a step from the trainer's log."""
         same = {name: entry[name] for name in ("step", "reward", "reward_std", FLAT)}
         return cls(**same, mean_tokens=entry["completions/mean_length"], kl=entry.get("kl"))
 
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyGradientReport(training.TrainingReport):
-    """What training did and took; see `TrainingReport` for the rest. The curve is by step.
+    """Results and cost of a training, with one curve entry per step; see `TrainingReport`.
 
-    The `seconds` of its usage are those of all steps, updates included, each counted once.
+    The `seconds` of its usage cover all steps, including updates, each counted once.
     """
 
     reward_name: str
@@ -119,13 +119,13 @@ class PolicyGradientReport(training.TrainingReport):
 
     @classmethod
     def from_log(cls, log_history: Sequence[Mapping[str, Any]], **names: str) -> Any:
-        """What the trainer's log says of all steps."""
+        """Read all steps from the trainer's log."""
         steps = [entry for entry in log_history if "reward" in entry]
 
         def total(name: str) -> float:
             return float(sum(entry[name] for entry in steps))
 
-        # Numbers pass through the log as float32, which is exact for counts up to 2**24.
+        # The log stores float32, which is exact for counts up to 2**24.
         amounts: dict[str, Any] = {
             f.name: round(total(USAGE + f.name)) if f.type == "int" else total(USAGE + f.name)
             for f in fields(Usage)
@@ -138,7 +138,7 @@ class PolicyGradientReport(training.TrainingReport):
         )
 
     def ledger(self) -> dict[str, Any]:
-        """What training took, as JSON values."""
+        """The cost of training, as JSON values."""
         names = {"reward": self.reward_name, "language_model": self.language_model}
         return super().ledger() | names | {"steps": len(self.curve)}
 
@@ -158,29 +158,29 @@ def train_grpo(
 ) -> PolicyGradientReport:
     """Train a LoRA adapter with Group Relative Policy Optimization.
 
-    Each step samples several responses to each of a few prompts, and makes those likelier that
-    score above the mean of their group, in units of its standard deviation.
+    Each step samples a group of responses for each of several prompts. Responses that score above
+    the group's mean become more likely, in units of the group's standard deviation.
 
     Source: Shao et al., "DeepSeekMath", 2024, by TRL's `GRPOTrainer`. Deviations, which are TRL's
     defaults: token losses are averaged over the batch (DAPO, Yu et al., 2025) instead of over each
-    response; one update a sample, so that nothing is clipped; no KL penalty unless `beta` asks for
-    it. Stops, checkpoints and the folder are as in `fine_tune`.
+    response; one update per sample, so nothing is clipped; no KL penalty unless `beta` is set.
+    Interruption, checkpoints and the output folder work as in `fine_tune`.
 
     Args:
-        language_model: The base. It samples all responses, in its own number format, with int8 or
-            bfloat16 products a little beside the float32 distribution that is trained.
-        reward_model: Whatever `as_reward_model` takes.
-        prompts: With different ids, at least `settings.prompts_per_step`.
-        folder: Where the adapter is written, with `ledger.json` and `curve.json`;
-            `mbrl_text_env.agents.learning.serve` takes it.
-        start_from: Folder of an adapter to go on training; None for a new one.
+        language_model: The base model. It samples in its own number format; with int8 or bfloat16
+            products, samples differ slightly from the float32 distribution that is trained.
+        reward_model: Anything that `as_reward_model` accepts.
+        prompts: At least `settings.prompts_per_step` prompts with distinct ids.
+        folder: Output folder of the adapter, with `ledger.json` and `curve.json`; load it with
+            `mbrl_text_env.agents.learning.serve`.
+        start_from: Folder of an adapter to continue from; None for a new one.
         on_step: Called after each step, for progress.
 
     Raises:
-        TuningError: Prompts are missing, doubled or not for this reward, all responses to a prompt
-            have one score in the first steps, or see `fine_tune`.
+        TuningError: Prompts are missing, duplicated or unsuited to this reward, every group in the
+            first steps has equal scores, or an error of `fine_tune`.
         RewardError: The reward failed, or `trl` or `peft` is not installed.
-        KeyboardInterrupt: It was stopped; a checkpoint is saved and the same call goes on.
+        KeyboardInterrupt: The run was stopped; a checkpoint is saved and the same call resumes it.
 
     Example:
         >>> report = train_grpo(embedded(), make("sentiment"), prompts, "kind")  # doctest: +SKIP
@@ -202,21 +202,21 @@ def train_rloo(
 ) -> PolicyGradientReport:
     """Train a LoRA adapter with REINFORCE Leave-One-Out; arguments and errors: `train_grpo`.
 
-    A response is judged against the mean score of the others in its group, in units of the reward,
-    and its probability counts as a whole. `beta` weighs the KL divergence of a whole response.
+    The baseline of a response is the mean score of the others in its group, in units of the reward.
+    The loss uses the probability of the whole response, and `beta` its KL divergence.
 
     Source: Ahmadian et al., "Back to Basics: Revisiting REINFORCE Style Optimization for Learning
     from Human Feedback in LLMs", 2024, by TRL's `RLOOTrainer`. Deviation: TRL clips the ratio of
-    probabilities as PPO does; with one update a sample that ratio is 1.
+    probabilities as PPO does; with one update per sample, the ratio is 1.
     """
     experience = Experience("rloo", language_model, reward_model, prompts, settings)
     return experience.train(folder, start_from, on_step)
 
 
 class Experience:
-    """Samples and scores the responses of each step: what TRL's trainers call.
+    """Samples and scores each step's responses; called by TRL's trainers.
 
-    To TRL a prompt is its id, so that neither its metadata nor its tokens change on their way.
+    TRL gets prompt ids instead of prompts, so that metadata and tokens are not changed.
     """
 
     def __init__(
@@ -242,7 +242,7 @@ class Experience:
         start_from: str | Path | None,
         on_step: Callable[[StepReport], None] | None,
     ) -> PolicyGradientReport:
-        """Train, or go on, to the end, and write the adapter; see `train_grpo`."""
+        """Run or resume the training to the end and write the adapter; see `train_grpo`."""
         lm, settings = self.language_model, self.settings
         described = {
             "algorithm": self.algorithm,
@@ -264,24 +264,24 @@ class Experience:
         return report
 
     def rows(self) -> list[str]:
-        """Ids of the prompts of all steps, each pass in another random order.
+        """Prompt ids of all steps, with a new random order for each epoch.
 
-        TRL's own sampler would not have the same order after a checkpoint.
+        The order of TRL's own sampler would change after resuming from a checkpoint.
         """
         rng = np.random.default_rng(self.settings.seed)
         ids: list[str] = []
         wanted = self.settings.steps * self.settings.prompts_per_step
-        # What a pass has beyond whole steps is left out of it, so that no step has a prompt twice.
+        # Drop the rest of an epoch that does not fill a step, so that no step repeats a prompt.
         whole = len(self.prompts) - len(self.prompts) % self.settings.prompts_per_step
         while len(ids) < wanted:
             ids += rng.permutation(list(self.prompts)).tolist()[:whole]
         return ids[:wanted]
 
     def sample(self, ids: Sequence[str], trainer: Any) -> dict[str, Any]:
-        """Draw a step's responses with the policy as it is; each id is there for each of them."""
+        """Sample a step's responses with the current policy; `ids` has one entry per response."""
         settings, count = self.settings, self.settings.num_generations
         self._ledger = Ledger()
-        # As it would be served.
+        # The policy is loaded as for inference.
         with quiet(), tempfile.TemporaryDirectory() as folder:
             trainer.model.save_pretrained(
                 folder, selected_adapters=["default"], save_embedding_layers=False
@@ -310,7 +310,7 @@ class Experience:
         log_metric: Any,
         **columns: Any,
     ) -> list[float]:
-        """Score the responses of a step, and log what it took."""
+        """Score the responses of a step and log the usage."""
         lm, asked = self.language_model, [self.prompts[i] for i in prompts]
         texts = [lm.decode(ids) for ids in completion_ids]
         ledgers = [self._ledger] * len(asked)
@@ -327,7 +327,7 @@ class Experience:
         return [float(score) for score in scores]
 
     def _check_signal(self, scores: Any, log_history: Sequence[Mapping[str, Any]]) -> float:
-        """Share of groups of one score each, which teach nothing; all at first is an error."""
+        """Fraction of groups with equal scores; raise if all groups of the first steps are."""
         groups = np.reshape(scores, (-1, self.settings.num_generations))
         flat = np.ptp(groups, axis=1) == 0
         if flat.all():
@@ -341,7 +341,7 @@ class Experience:
                 raise TuningError(
                     f"{said} in all of the first {len(before) + 1} steps: there is no learning "
                     "signal. Choose another reward or easier prompts, raise temperature or "
-                    "num_generations, or raise flat_steps to go on looking."
+                    "num_generations, or raise flat_steps to continue."
                 )
             warnings.warn(f"{said}: step {len(before) + 1} teaches nothing.", stacklevel=2)
         return float(flat.mean())
@@ -363,7 +363,7 @@ def _trainer(
                 on_step(StepReport.from_log(state.log_history[-1]))
 
     class SampledRLOOTrainer(trl.RLOOTrainer):  # type: ignore[misc, name-defined, unused-ignore]
-        """TRL's `RLOOTrainer` with the `rollout_func` that its `GRPOTrainer` has."""
+        """TRL's `RLOOTrainer` with the `rollout_func` argument of its `GRPOTrainer`."""
 
         def __init__(self, rollout_func: Any, **options: Any) -> None:
             self._sample = rollout_func
@@ -389,7 +389,7 @@ def _trainer(
         max_steps=settings.steps,
         per_device_train_batch_size=settings.batch_size,
         gradient_accumulation_steps=settings.responses_per_step // settings.batch_size,
-        # The rows are in their order.
+        # The rows are in order already.
         shuffle_dataset=False,
     )
     return trainer(
@@ -404,15 +404,15 @@ def _trainer(
 
 @dataclass(frozen=True)
 class DynaSettings(PolicyGradientSettings):
-    """How a policy is trained with few reward calls; for other fields see `PolicyGradientSettings`.
+    """Settings of GRPO with few reward calls; for other fields see `PolicyGradientSettings`.
 
     Args:
-        max_calls: Of the reward, in all.
-        first_calls: Responses that are all scored by the reward, before there is a head.
-        calls_per_step: Of the reward, once there is a head.
-        audited: Of these, so many are of responses drawn at random, which measures the head; the
-            others are of those it is least sure of.
-        members: Heads of the ensemble.
+        max_calls: Maximum number of reward calls in total.
+        first_calls: Number of first responses that are all scored by the reward.
+        calls_per_step: Reward calls per step once there is a head.
+        audited: How many of these score random responses, which evaluate the head; the others
+            score the responses that the head is least certain of.
+        members: Number of heads in the ensemble.
     """
 
     max_calls: int = 240
@@ -442,19 +442,19 @@ def train_dyna(
 ) -> PolicyGradientReport:
     """Train a LoRA adapter with GRPO on a `SurrogateReward`; see `train_grpo` for the rest.
 
-    The reward is asked for a few responses of each step, and a head that is fitted on its scores
-    says the others'. Labels are kept: what the head said before it saw them tells whether the
-    policy has learned to please it alone. The curve of the report is of these scores, most of them
-    the head's; its usage counts the calls of the reward alone.
+    The reward scores a few responses of each step. A head that is fitted on these scores predicts
+    the others. Labels are kept with the head's earlier predictions, which show whether the policy
+    has learned to exploit the head. The report's curve has the scores used in training, most of
+    them from the head; its usage counts only the calls of the reward.
 
     Source: Sutton, "Dyna, an Integrated Architecture for Learning, Planning, and Reacting", 1991.
-    Deviation: what is learned is the reward; responses are the policy's own, for to sample them is
-    cheap beside the update.
+    Deviation: the learned model is of the reward, not of transitions; responses are the policy's
+    own, because sampling is cheap compared with the update.
 
     Args:
-        labels: Folder of the labels; `<folder>-labels` by default. With that of an earlier training
-            on the same reward, its labels and calls count.
-        features: See `SurrogateReward`; None for `TokenFeatures` of the language model.
+        labels: Folder of the labels; `<folder>-labels` by default. The labels and calls of an
+            earlier training on the same reward in this folder count.
+        features: See `SurrogateReward`; None for the language model's `TokenFeatures`.
 
     Example:
         >>> report = train_dyna(embedded(), make("sentiment"), prompts, "kind")  # doctest: +SKIP
@@ -477,5 +477,5 @@ def train_dyna(
 
 
 def labels_of(folder: Path) -> Path:
-    """Where the labels of a training lie: beside its policy."""
+    """Folder of a training's labels, next to its policy."""
     return folder.with_name(f"{folder.name}-labels")

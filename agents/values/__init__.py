@@ -1,4 +1,4 @@
-"""Value models: what a partial response will be worth when it is complete."""
+"""Value models: estimate the final score of a partial response."""
 
 from mbrl_text_env._lazy import attach
 

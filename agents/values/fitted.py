@@ -1,7 +1,7 @@
-"""What the value models that are fitted on records share.
+"""The base class of value models that are fitted on records.
 
-A value model is `inputs`, which asks the models that cost something and is charged, and a head, an
-estimator of scikit-learn on these numbers: fitting many heads pays for the inputs once.
+A value model has `inputs`, computed by models whose usage is charged, and a head: a scikit-learn
+estimator on these inputs. Several heads can be fitted on inputs that are computed once.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ FOLDER = FolderKind(
     error=ValueModelError,
 )
 MODELS = ("tokenizer", "language_model", "reward_model", "encoder")
-"""Arguments of constructors that are models: folders do not hold them, their reader gives them."""
+"""Constructor arguments that are models. They are not saved; the caller passes them on loading."""
 
 
 def cut_prefixes(
     records: Sequence[Record], lengths: Sequence[int] = LENGTHS
 ) -> tuple[list[TextState], list[Record]]:
-    """Cut partial responses out of complete ones.
+    """Cut prefixes from complete responses.
 
-    Every length in tokens below a response's own gives one prefix; a response that is too short for
-    all of them, but has two tokens, gives its first half.
+    Each length in tokens that is below a response's own length gives one prefix. A response of at
+    least two tokens that is too short for all lengths gives its first half.
 
     Returns:
-        The states, and the record that each is a prefix of.
+        The states, and for each state its record.
 
     Raises:
         FitError: A record has no token ids, or no response has two tokens.
@@ -69,7 +69,7 @@ def cut_prefixes(
             owners.append(record)
     if not states:
         raise FitError(
-            f"Expected responses of at least 2 tokens, got {len(records)} without a single "
+            f"Expected responses of at least 2 tokens, got {len(records)} without any "
             "prefix. Collect longer responses."
         )
     return states, owners
@@ -78,7 +78,7 @@ def cut_prefixes(
 def samples_of(
     inputs: FloatArray, owners: Sequence[Record], lengths: Sequence[int] | None = None
 ) -> Samples:
-    """Inputs beside the scores of the records that they are of; all have to be finite."""
+    """Inputs with the scores of their records; raise a FitError unless all inputs are finite."""
     from mbrl_text_env.records import scores_of
 
     inputs = np.asarray(inputs, dtype=np.float64)
@@ -86,7 +86,7 @@ def samples_of(
     if bad.size:
         raise FitError(
             f"Expected finite inputs, got others for {bad.size} of {len(owners)} prefixes, first "
-            f"of prompt {owners[bad[0]].prompt_id!r}. Fix the encoder or the language model."
+            f"for prompt {owners[bad[0]].prompt_id!r}. Check the encoder or the language model."
         )
     _, groups = np.unique([record.prompt_id for record in owners], return_inverse=True)
     return Samples(
@@ -98,7 +98,7 @@ def samples_of(
 
 
 def check_records(records: Sequence[Record]) -> None:
-    """Refuse (`FitError`) records that no value can be learned from."""
+    """Raise a `FitError` if no value model can be fitted on the records."""
     from mbrl_text_env.records import scores_of
 
     if len(records) < 2:
@@ -120,13 +120,13 @@ def _check_scores(scores: FloatArray) -> None:
     if np.ptp(scores) == 0:
         raise FitError(
             f"Expected scores that differ, got {float(scores[0])!r} {len(scores)} times: there is "
-            "no signal to learn from. Collect responses to other prompts, more and longer ones, or "
-            "score them with another reward model."
+            "no signal to learn from. Collect responses to other prompts, longer ones or more, "
+            "or score them with another reward model."
         )
 
 
 def check_lengths(lengths: Sequence[int]) -> tuple[int, ...]:
-    """Prefix lengths; refused with a `ValueError` if they are not increasing and positive."""
+    """Check prefix lengths; raise a `ValueError` unless they are positive and increasing."""
     if not lengths or min(lengths) < 1 or list(lengths) != sorted(set(lengths)):
         raise ValueError(
             f"lengths: expected prefix lengths of at least 1 token in increasing order, got "
@@ -136,11 +136,11 @@ def check_lengths(lengths: Sequence[int]) -> tuple[int, ...]:
 
 
 class FittedValue(ValueModel):
-    """A value model that learns from records; a subclass says what it sees and how it is fitted.
+    """Base class of value models fitted on records; a subclass defines the inputs and heads.
 
-    `head_` makes the mean of the inputs, `spread_` the standard deviation by prefix length, from
-    the errors on prompts left out; `chosen_` names the head, `report_` is the `FitReport`.
-    `fitted_settings` names other attributes that a fit sets and a folder keeps as JSON.
+    After a fit, `head_` predicts the mean from the inputs, and `spread_` the standard deviation by
+    prefix length, from the errors on held-out prompts; `chosen_` is the head's name and `report_`
+    the `FitReport`. `fitted_settings` names further fitted attributes to save as JSON.
 
     Example:
         >>> class Length(FittedValue):  # ridge on the number of tokens
@@ -152,7 +152,7 @@ class FittedValue(ValueModel):
     """
 
     KINDS: ClassVar[dict[str, type[FittedValue]]] = {}
-    """The subclasses that are imported, as folders name them."""
+    """Imported subclasses, by their name in saved folders."""
 
     kind: ClassVar[str]
     fitted_settings: ClassVar[tuple[str, ...]] = ()
@@ -168,32 +168,32 @@ class FittedValue(ValueModel):
 
     @abstractmethod
     def inputs(self, states: Sequence[TextState], ledgers: Ledgers = None) -> FloatArray:
-        """float64[B, d]: what is seen of the states; other models' calls are charged."""
+        """Compute the inputs of the states, float64[B, d]; calls of other models are charged."""
 
     @abstractmethod
     def heads(self) -> Mapping[str, Head]:
-        """Estimators to fit, by name; the one that ranks best on prompts left out is taken."""
+        """Estimators to fit, by name; the one that ranks held-out prompts best is used."""
 
     def samples(self, records: Sequence[Record]) -> Samples:
-        """What the model is fitted on, uncharged: by default prefixes of `lengths` tokens."""
+        """Samples to fit on, uncharged: by default prefixes of `lengths` tokens."""
         states, owners = cut_prefixes(records, self.lengths)
         return samples_of(self.inputs(states), owners, [len(s.response_ids) for s in states])
 
     def final_scores(self, inputs: FloatArray) -> FloatArray | None:
-        """float64[B]: the rewards of the texts as they are, where the inputs tell them."""
+        """Return the rewards of the texts as they are, float64[B], if the inputs contain them."""
         return None
 
     @property
     def is_fitted(self) -> bool:
-        """Whether there is something to predict with."""
+        """Whether the model can predict."""
         return hasattr(self, "head_")
 
     def fit(self, records: Sequence[Record]) -> Self:
-        """Fit on scored responses; a fit that fails leaves the model as it was.
+        """Fit on scored responses. If fitting fails, the model is unchanged.
 
         Raises:
-            FitError: There are fewer than two records, they are of several rewards or language
-                models, all score the same, or they have no token ids.
+            FitError: There are fewer than two records, they mix rewards or language models, all
+                scores are equal, or the token ids are missing.
         """
         check_records(records)
         value = copy.copy(self)
@@ -213,17 +213,17 @@ class FittedValue(ValueModel):
         return self
 
     def predict(self, states: Sequence[TextState]) -> ValueEstimate:
-        """Mean and standard deviation, each float64[B]; uncharged."""
+        """Predict mean and standard deviation, each float64[B]. Nothing is charged."""
         return self.predict_with(states, None)
 
     def predict_with(self, states: Sequence[TextState], ledgers: Ledgers) -> ValueEstimate:
-        """`predict`, with what other models take charged to the ledgers, one a state.
+        """`predict`, charging the calls of other models to the ledgers, one per state.
 
-        A response that has ended is worth its score, where the model sees that, and no guess.
+        If the inputs contain the score of the text, an ended response has that value, with std 0.
         """
         if not self.is_fitted:
             raise ValueModelError(
-                f"{type(self).__name__} is not fitted. Call fit(records), or load a saved one "
+                f"{type(self).__name__} is not fitted. Call fit(records), or load a fitted one "
                 "with `mbrl_text_env.agents.values.load_value`."
             )
         if not states:
@@ -239,11 +239,11 @@ class FittedValue(ValueModel):
         )
 
     def estimate(self, inputs: FloatArray, lengths: Sequence[int]) -> ValueEstimate:
-        """The values of prefixes by their inputs, float64[B, d], and lengths in tokens."""
+        """Estimate the values of prefixes from inputs, float64[B, d], and lengths in tokens."""
         return ValueEstimate(self.head_.predict(inputs), self.spread_.at(lengths))
 
     def save(self, folder: str | Path) -> None:
-        """Write the fitted model, JSON and safetensors; one that is there is replaced."""
+        """Save the fitted model as JSON and safetensors, replacing an existing one."""
         name = type(self).__name__
         if not hasattr(self, "head_"):
             raise ValueModelError(f"Only a fitted {name} can be saved. Call fit(records).")
@@ -254,8 +254,8 @@ class FittedValue(ValueModel):
             arrays = numbers_of(self.head_, "head")
         except (AttributeError, TypeError, ValueError) as error:
             raise ValueModelError(
-                f"{name} cannot be saved: expected arguments that are JSON values, kept as "
-                f"attributes of the same name, and a head of known numbers ({error})."
+                f"{name} cannot be saved: expected constructor arguments that are JSON values, "
+                f"kept as attributes of the same name, and a head of a known class ({error})."
             ) from error
         arrays |= {f"spread.{part}": rows for part, rows in self.spread_._asdict().items()}
         config = {
@@ -270,7 +270,7 @@ class FittedValue(ValueModel):
 
     @classmethod
     def read(cls, config: Mapping[str, Any], arrays: Arrays, models: Mapping[str, Any]) -> Self:
-        """The value model of which `save` wrote this; `models` are given by `MODELS`."""
+        """Load a value model that `save` wrote; `models` has the arguments named in `MODELS`."""
         found = {name: config["settings"][name] for name in cls.fitted_settings}
         given = {n: models[n] for n in models.keys() & inspect.signature(cls).parameters.keys()}
         value = cls(**given, **{n: v for n, v in config["settings"].items() if n not in found})

@@ -1,4 +1,4 @@
-"""The kinds of value models, by their names, and out of folders."""
+"""The kinds of value models: create them by name, or load them from a folder."""
 
 from __future__ import annotations
 
@@ -55,17 +55,17 @@ if TYPE_CHECKING:
     from mbrl_text_env.records import Record
 
 READY = ("prefix", "prefix-exact")
-"""Names of value models that predict at once."""
+"""Names of value models that need no fit."""
 
 FITTED = ("calibrated", "embedding", "hidden-state", "stacked", "token-embedding")
-"""Names of those that are fitted on records first; `calibrated` is `prefix-exact` after a fit."""
+"""Names of value models to fit on records. `calibrated` is `prefix-exact` after a fit."""
 
 WORLD_MODEL = "world-model"
-"""Name of the value that is fitted on records, scored or not, and takes any reward on counts."""
+"""Name of the value model for rewards on counts. It is fitted on records, scored or not."""
 
-# Penalty on inputs of variance 1.
+# Ridge penalty for inputs of variance 1.
 _ALPHA = 10.0
-# The last input beside hundreds of embedding dimensions: its penalty is smaller by the square.
+# Scales the last input up against hundreds of embedding dimensions, which lowers its penalty.
 _WEIGHT = 20.0
 
 
@@ -74,14 +74,14 @@ class EmbeddingValue(FittedValue):
     """The article's quality predictor: ridge regression on the embedding of prompt and prefix.
 
     Source: "Model Based Reinforcement Learning: Tutorial & Examples" (Patronus AI); its embedding
-    (all-MiniLM-L6-v2), text format, alpha and prefix ratio are the defaults. Deviation: the
-    standard deviation of a prediction, which the article does not have, is that of the errors on
-    prompts left out in cross-validation, the same for every state.
+    (all-MiniLM-L6-v2), text format, alpha and prefix ratio are the defaults. Deviation: predictions
+    have a standard deviation, which the article does not have. It is that of the errors on held-out
+    prompts in cross-validation, the same for every state.
 
     Args:
-        encoder: Embeds texts; by default MiniLM.
+        encoder: Text encoder; MiniLM by default.
         alpha: Strength of the ridge penalty.
-        prefix_ratio: Share of a response's words that it is fitted on, above 0 and up to 1.
+        prefix_ratio: Fraction of a response's words to fit on, above 0 and up to 1.
 
     Example:
         >>> value = EmbeddingValue(tokenizer).fit(read_records("records"))  # doctest: +SKIP
@@ -102,11 +102,11 @@ class EmbeddingValue(FittedValue):
             )
 
     def inputs(self, states: Sequence[TextState], ledgers: Ledgers = None) -> FloatArray:
-        """float64[B, d]: the embedding of prompt and prefix."""
+        """Embeddings of prompt and prefix, float64[B, d]."""
         return self._embedded(self._texts(states))
 
     def samples(self, records: Sequence[Record]) -> Samples:
-        """The first half of each response's words."""
+        """The first `prefix_ratio` of each response's words."""
         texts = []
         for record in records:
             words = record.response.split()
@@ -115,15 +115,15 @@ class EmbeddingValue(FittedValue):
         return samples_of(self._embedded(texts), records)
 
     def heads(self) -> Mapping[str, Head]:
-        """One: ridge regression."""
+        """A single ridge regression."""
         return {"ridge": Ridge(alpha=self.alpha)}
 
     def flops(self, states: Sequence[TextState]) -> FloatArray:
-        """float64[B]: what embedding the states takes; 0 for encoders that do not say."""
+        """FLOPs of embedding each state, float64[B]; 0 if the encoder does not report them."""
         return encoder_flops(load_encoder(self.encoder, "value"), self._texts(states))
 
     def flops_bound(self) -> float:
-        """The most that one state takes."""
+        """Upper bound on the FLOPs for one state."""
         return encoder_flops_bound(load_encoder(self.encoder, "value"))
 
     def _embedded(self, texts: Sequence[str]) -> FloatArray:
@@ -137,13 +137,13 @@ class EmbeddingValue(FittedValue):
 class HiddenStateValue(FittedValue):
     """Ridge regression on `language_model.features`, the last hidden state of the prefix.
 
-    It needs no other model, and after sampling from the same state the language model has most of
-    the prefix in its cache. The penalty is on inputs of variance 1.
+    It needs no other model. After sampling from the same state, most of the prefix is in the
+    language model's cache. Inputs are scaled to variance 1 before the penalty.
 
     Args:
-        language_model: One that has `features`.
-        alphas: Strengths of the penalty, of which the best on prompts left out is taken.
-        lengths: Prefix lengths in tokens that it is fitted on, increasing.
+        language_model: A language model with `features`.
+        alphas: Penalties to choose from on held-out prompts.
+        lengths: Prefix lengths in tokens to fit on, increasing.
 
     Example:
         >>> value = HiddenStateValue(embedded()).fit(read_records("records"))  # doctest: +SKIP
@@ -160,22 +160,22 @@ class HiddenStateValue(FittedValue):
         _check_penalties(self.alphas)
 
     def inputs(self, states: Sequence[TextState], ledgers: Ledgers = None) -> FloatArray:
-        """float64[B, feature_size]; charged as calls of the language model."""
+        """Hidden states, float64[B, feature_size]; charged as language model calls."""
         if not isinstance(self.language_model, FeatureModel):
             raise ValueModelError(
                 f"Expected a language model with `features`, got "
-                f"{type(self.language_model).__name__}, which has none (a server gives text and "
-                "probabilities alone). Use TransformersLM, or another value model, such as "
+                f"{type(self.language_model).__name__}, which has none (servers return only text "
+                "and probabilities). Use TransformersLM, or another value model, such as "
                 "StackedValue."
             )
         return self.language_model.features(states, ledgers=ledgers).astype(np.float64)
 
     def heads(self) -> Mapping[str, Head]:
-        """Ridge regression with each of the penalties."""
+        """One ridge regression per penalty."""
         return {f"alpha={alpha:g}": scaled_ridge(alpha) for alpha in self.alphas}
 
     def usage_bound(self, state: TextState) -> Usage:
-        """The most that reading one prefix is charged."""
+        """Upper bound on the usage charged for one prefix."""
         return self.language_model.usage_bound(len(state.prompt_ids) + len(state.response_ids), [])
 
 
@@ -185,7 +185,7 @@ def _check_penalties(alphas: Sequence[float]) -> None:
 
 
 class PrefixScoredValue(FittedValue):
-    """Asks the reward model for the score of the prefix: its first input."""
+    """A value model whose first input is the reward model's score of the prefix."""
 
     reward_model: Any
     tokenizer: Tokenizer
@@ -195,15 +195,15 @@ class PrefixScoredValue(FittedValue):
         self.reward_model = as_reward_model(self.reward_model)
 
     def final_scores(self, inputs: FloatArray) -> FloatArray:
-        """The rewards of the texts as they are."""
+        """The rewards of the texts as they are, float64[B]."""
         return inputs[:, 0]
 
     def usage_bound(self, state: TextState) -> Usage:
-        """The most that one prefix is charged."""
+        """Upper bound on the usage charged for one prefix."""
         return reward_usage_bound(self.reward_model)
 
     def expected_usage(self, state: TextState) -> Usage:
-        """What this prefix is charged."""
+        """Expected usage charged for this prefix."""
         usage: Usage = self.reward_model.usage(state.prompt, self._text(state))
         return usage
 
@@ -218,14 +218,14 @@ class PrefixScoredValue(FittedValue):
 
 @dataclass(eq=False, repr=False)
 class PrefixRewardValue(PrefixScoredValue):
-    """The reward model's score of the prefix's text, as it is or calibrated on records.
+    """The reward model's score of the prefix text, optionally calibrated on records.
 
-    Without a fit, the mean is the prefix's score and the standard deviation 0. `fit` calibrates it,
-    with a line from score to final score for each prefix length and the standard deviation of what
-    that leaves; prefixes of different lengths can then be compared.
+    Without a fit, the mean is the score of the prefix and the standard deviation is 0. `fit` learns
+    a line from prefix score to final score for each prefix length, and the standard deviation of
+    the residuals. Prefixes of different lengths are then comparable.
 
     Args:
-        lengths: Prefix lengths in tokens that it is calibrated on, increasing.
+        lengths: Prefix lengths in tokens to calibrate on, increasing.
 
     Example:
         >>> value = PrefixRewardValue(SentimentReward(), lm)  # doctest: +SKIP
@@ -239,30 +239,30 @@ class PrefixRewardValue(PrefixScoredValue):
 
     @property
     def is_fitted(self) -> bool:
-        """Always: the score of the prefix needs no records."""
+        """Always true: prefix scores need no fit."""
         return True
 
     def inputs(self, states: Sequence[TextState], ledgers: Ledgers = None) -> FloatArray:
-        """float64[B, 2]: the prefix's score and its length."""
+        """Score and length of each prefix, float64[B, 2]."""
         scores = self._scores(states, ledgers).total
         return np.column_stack([scores, [float(len(s.response_ids)) for s in states]])
 
     def heads(self) -> Mapping[str, Head]:
-        """One: a line for each length."""
+        """A single head with one line per length."""
         return {"lines": LinePerLength()}
 
     def estimate(self, inputs: FloatArray, lengths: Sequence[int]) -> ValueEstimate:
-        """The scores of the prefixes, calibrated where there was a fit."""
+        """Scores of the prefixes, calibrated after a fit."""
         if hasattr(self, "head_"):
             return super().estimate(inputs, lengths)
         return ValueEstimate(inputs[:, 0], np.zeros(len(inputs)))
 
 
 class PrefixStatistics(TransformerMixin, BaseEstimator):
-    """What a ridge sees: a prefix's reward, its parts and its log-probability a token.
+    """Regression inputs: the prefix's reward, reward parts and mean token log-probability.
 
-    They tell more the less is to come: each column is there a second time, multiplied with the
-    share of the response that is written. A log-probability that is not known is the mean's.
+    These are more informative for longer prefixes, so each column also appears multiplied by the
+    fraction of the response written. Unknown log-probabilities are replaced by their mean.
     """
 
     numbers = ("logprob_",)
@@ -271,14 +271,14 @@ class PrefixStatistics(TransformerMixin, BaseEstimator):
         self.max_tokens = max_tokens
 
     def fit(self, inputs: FloatArray, scores: FloatArray | None = None) -> PrefixStatistics:
-        """Take `logprob_`, the mean a token of the log-probabilities that are known."""
+        """Set `logprob_`, the mean token log-probability of the prefixes that have one."""
         length, total, known = inputs[:, -3:].T
         has = (known > 0) & (length > 0)
         self.logprob_ = np.asarray((total[has] / length[has]).mean() if has.any() else 0.0)
         return self
 
     def transform(self, inputs: FloatArray) -> FloatArray:
-        """float64[B, k] for `StackedValue.inputs`, float64[B, 4 + parts]."""
+        """Map `StackedValue.inputs`, float64[B, 4 + parts], to float64[B, k]."""
         length, total, known = inputs[:, -3:].T
         share = np.minimum(length / self.max_tokens, 1.0)
         total = np.where(known > 0, total, self.logprob_ * length)
@@ -289,18 +289,18 @@ class PrefixStatistics(TransformerMixin, BaseEstimator):
 
 @dataclass(eq=False, repr=False)
 class StackedValue(PrefixScoredValue):
-    """Ridge regression on the prefix's reward, its parts, position and log-probability.
+    """Ridge regression on the prefix's reward, reward parts, position and log-probability.
 
-    A prediction takes one reward call and nothing else. A response that has ended is worth its
+    A prediction costs one reward call and nothing else. The value of an ended response is its
     reward.
 
     Args:
-        lengths: Prefix lengths in tokens that it is fitted on, increasing.
-        max_response_tokens: Tokens of a whole response, what positions are shares of; None for the
-            longest response of the records, in `max_tokens_`.
+        lengths: Prefix lengths in tokens to fit on, increasing.
+        max_response_tokens: Response length that positions are relative to. None uses the longest
+            response of the records (`max_tokens_`).
 
     Attributes:
-        part_names_: Parts of the reward that it sees: those that all records have.
+        part_names_: Names of the reward parts used: those that all records have.
 
     Example:
         >>> value = StackedValue(lm, SentimentReward()).fit(records)  # doctest: +SKIP
@@ -320,11 +320,11 @@ class StackedValue(PrefixScoredValue):
         check_positive(max_response_tokens=self.max_response_tokens)
 
     def inputs(self, states: Sequence[TextState], ledgers: Ledgers = None) -> FloatArray:
-        """float64[B, 4 + parts]: reward, parts, length, log-probability, whether it is known."""
+        """Reward, parts, length, log-probability and whether it is known: float64[B, 4 + parts]."""
         return self._columns(states, self._scores(states, ledgers))
 
     def samples(self, records: Sequence[Record]) -> Samples:
-        """Prefixes of many lengths."""
+        """Prefixes of many lengths, with their scores."""
         states, owners = cut_prefixes(records, self.lengths)
         scores = self._scores(states, None)
         common = set.intersection(*(set(record.rewards) for record in records))
@@ -335,7 +335,7 @@ class StackedValue(PrefixScoredValue):
         return samples_of(self._columns(states, scores), owners, lengths)
 
     def heads(self) -> Mapping[str, Head]:
-        """One: ridge regression."""
+        """A single ridge regression."""
         statistics = PrefixStatistics(self.max_tokens_)
         return {"ridge": make_pipeline(statistics, StandardScaler(), Ridge(alpha=_ALPHA))}
 
@@ -345,9 +345,9 @@ class StackedValue(PrefixScoredValue):
             raise ValueModelError(
                 f"StackedValue was fitted with the reward's parts {self.part_names_}, but for "
                 f"prompt {states[0].prompt.id!r} the reward gave {sorted(scores.parts)}. Predict "
-                "with the reward that it was fitted with, or fit it anew."
+                "with the reward that it was fitted with, or fit it again."
             )
-        # None is read as NaN.
+        # None becomes NaN.
         likelihoods = np.asarray([state.logprob for state in states], dtype=np.float64)
         known = np.isfinite(likelihoods)
         rewards = scores.total, *(scores.parts[name] for name in self.part_names_)
@@ -356,7 +356,7 @@ class StackedValue(PrefixScoredValue):
 
 
 class _Scaler(StandardScaler):
-    """Inputs of variance 1; the last one of variance `_WEIGHT` squared."""
+    """Scale inputs to variance 1, the last one to variance `_WEIGHT` squared."""
 
     numbers = ("mean_", "scale_")
 
@@ -368,20 +368,20 @@ class _Scaler(StandardScaler):
 
 @dataclass(eq=False, repr=False)
 class TokenEmbeddingValue(FittedValue):
-    """Ridge regression on the response's token embeddings: no model is run.
+    """Ridge regression on the response's token embeddings, without running a model.
 
-    Inputs are their mean, and how much of the prompt the response takes up: the largest cosine
-    similarity of each of the prompt's tokens with one of the response, in the mean over the
-    prompt's tokens, weighted by how few of the records' prompts have the token. It is fitted on
-    complete responses, so its standard deviation is too small for short prefixes.
+    The inputs are the mean embedding and the coverage of the prompt: for each prompt token, the
+    largest cosine similarity with a response token, averaged with weights that are larger for
+    tokens in fewer of the records' prompts. The model is fitted on complete responses, so its
+    standard deviation is too small for short prefixes.
 
     Sources: Joulin et al., "Bag of Tricks for Efficient Text Classification", 2017 (the mean);
     Khattab and Zaharia, "ColBERT", 2020 (largest similarities); Zhang et al., "BERTScore", 2020
-    (weights by rarity). Deviation: the embeddings are the language model's input embeddings, less
-    their mean for similarities, and stay as they are.
+    (weights by rarity). Deviation: the embeddings are the language model's input embeddings, not
+    trained further; similarities use them minus their mean.
 
     Args:
-        alphas: Strengths of the penalty, of which the best on prompts left out is taken.
+        alphas: Penalties to choose from on held-out prompts.
 
     Example:
         >>> value = TokenEmbeddingValue(embedded()).fit(read_records("records"))  # doctest: +SKIP
@@ -398,7 +398,7 @@ class TokenEmbeddingValue(FittedValue):
         _check_penalties(self.alphas)
 
     def inputs(self, states: Sequence[TextState], ledgers: Ledgers = None) -> FloatArray:
-        """float64[B, d + 1]: the mean embedding, and what is taken up; 0 for an empty response."""
+        """Mean embedding and prompt coverage, float64[B, d + 1]; 0 for an empty response."""
         found = np.zeros((len(states), self._table().shape[1] + 1))
         for i, state in enumerate(states):
             if state.response_ids:
@@ -421,7 +421,7 @@ class TokenEmbeddingValue(FittedValue):
         return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
 
     def samples(self, records: Sequence[Record]) -> Samples:
-        """The complete responses; how rare the tokens of prompts are is counted here."""
+        """Complete responses; also counts how rare the prompts' tokens are."""
         if missing := [r.prompt_id for r in records if r.response and not r.response_ids]:
             raise FitError(
                 f"Record of prompt {missing[0]!r}: expected token ids of the response, got none. "
@@ -435,15 +435,15 @@ class TokenEmbeddingValue(FittedValue):
         return samples_of(self.inputs(states), records)
 
     def heads(self) -> Mapping[str, Head]:
-        """Ridge regression with each of the penalties."""
+        """One ridge regression per penalty."""
         return {f"alpha={alpha:g}": make_pipeline(_Scaler(), Ridge(alpha)) for alpha in self.alphas}
 
     def flops(self, states: Sequence[TextState]) -> FloatArray:
-        """float64[B]: sums and norms of the embeddings, similarities, and the head's product."""
+        """FLOPs of the embedding sums and norms, similarities and the head, float64[B]."""
         return np.array([self._flops(len(s.prompt_ids), len(s.response_ids)) for s in states])
 
     def flops_bound(self) -> float:
-        """A prompt and a response that fill the context, half and half."""
+        """FLOPs of a prompt and a response that each fill half of the context."""
         half = self.language_model.context_length / 2
         return self._flops(half, half)
 
@@ -471,12 +471,12 @@ def make_value(
     max_response_tokens: int = 256,
     seed: int = 0,
 ) -> ValueModel:
-    """Make a value model of a kind, with the settings that its class has by default.
+    """Create a value model by name, with default settings.
 
     Args:
-        name: One of `READY`, or of `FITTED` or `WORLD_MODEL`, which `fit(records)` comes before.
-        encoder: Embeds texts, where it does; None for MiniLM.
-        seed: Of imagined futures.
+        name: A name in `READY`, or in `FITTED` or `WORLD_MODEL`, which need `fit(records)` first.
+        encoder: Text encoder of the models that use one; None for MiniLM.
+        seed: Seed of imagined futures.
 
     Example:
         >>> value = make_value("stacked", lm, SentimentReward()).fit(records)  # doctest: +SKIP
@@ -495,8 +495,8 @@ def make_value(
     }
     if name not in kinds:
         raise ValueModelError(
-            f"Unknown value model {name!r}. Expected one of {sorted(READY)}, or, fitted on "
-            f"records, of {sorted((*FITTED, WORLD_MODEL))}."
+            f"Unknown value model {name!r}. Expected one of {sorted(READY)}, or one that is fitted "
+            f"on records: {sorted((*FITTED, WORLD_MODEL))}."
         )
     return kinds[name]()
 
@@ -507,13 +507,13 @@ def load_value(
     reward_model: RewardLike,
     encoder: Encoder | None = None,
 ) -> FittedValue | WorldModelValue:
-    """Read a value model of any kind, for the models that it was fitted with.
+    """Load a value model of any kind, with the models that it was fitted with.
 
-    A world model, with the package's own features, is a value of any reward on counts.
+    A world model with the package's own features is a value model for any reward on counts.
 
     Raises:
-        ValueModelError: The folder holds no value model, a damaged one, one of another format, or
-            one of another reward or language model.
+        ValueModelError: The folder has no value model, a damaged one, another format, or one for
+            another reward or language model.
 
     Example:
         >>> value = load_value("value", lm, reward)  # doctest: +SKIP

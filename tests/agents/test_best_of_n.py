@@ -234,5 +234,5 @@ class TestPruning:
             self.agent(keep=keep)
 
     def test_it_takes_a_value(self):
-        with pytest.raises(ValueError, match="expected a value model"):
+        with pytest.raises(ValueError, match="pruning needs a value model"):
             BestOfN(self.LM, CountReward(), keep=0.5)

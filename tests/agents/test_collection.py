@@ -72,7 +72,7 @@ def test_a_prompt_that_cannot_be_scored_is_left_out(tmp_path):
     with RecordWriter(tmp_path / "all") as writer:
         assert collect(LM, CountReward(), PROMPTS, writer, **OPTIONS) == {}
     with (
-        pytest.warns(UserWarning, match="Left out prompt 'ba': .*ZeroDivisionError"),
+        pytest.warns(UserWarning, match="Skipped prompt 'ba': .*ZeroDivisionError"),
         RecordWriter(tmp_path / "some") as writer,
     ):
         failed = collect(LM, Fussy(), PROMPTS, writer, **OPTIONS)
@@ -90,7 +90,7 @@ def test_a_prompt_that_cannot_be_scored_is_left_out(tmp_path):
     assert amounts(found) == amounts(kept)
 
 
-@pytest.mark.filterwarnings("ignore:Left out prompt")
+@pytest.mark.filterwarnings("ignore:Skipped prompt")
 def test_a_reward_that_scores_nothing_is_an_error(tmp_path):
     prompts = [prompt for prompt in PROMPTS if prompt.text in Fussy.refused]
     with (

@@ -150,7 +150,7 @@ def test_refusals():
         def score(self, prompts, responses):
             return [0.0] * len(responses)
 
-    with pytest.raises(ValueError, match="a reward whose `bound` says"):
+    with pytest.raises(ValueError, match="a reward whose `bound` limits"):
         answers(Guarded(LM, Unknown(), max_response_tokens=12))
     for options in ({"floor": 1.0}, {"candidates": 0}, {"target": float("nan")}):
         with pytest.raises(ValueError, match="xpected"):

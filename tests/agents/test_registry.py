@@ -100,7 +100,7 @@ def test_one_of_several_value_models_is_named():
     assert build("beam", values).value_model is first
     assert build("beam:value=second:chunk_tokens=4", values).value_model is second
     assert build("beam", {}).value_model is None
-    with pytest.raises(AgentSpecError, match=r"expected a value of \['first', 'second'\]"):
+    with pytest.raises(AgentSpecError, match=r"expected a value \(known: \['first', 'second'\]\)"):
         build("beam:value=third", values)
     with pytest.raises(AgentSpecError, match="no value models by name, got 'first'"):
         build("beam:value=first", first)

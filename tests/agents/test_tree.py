@@ -65,5 +65,5 @@ def test_the_export_explains_the_answer(cls):
 
 def test_a_prompt_is_explored_once():
     agent = BestOfN(LM, CountReward(), max_response_tokens=6)
-    with pytest.raises(ValueError, match="different prompts"):
+    with pytest.raises(ValueError, match="distinct prompts"):
         agent.explore([PROMPTS[0], PROMPTS[0]], Budget(tokens=12))

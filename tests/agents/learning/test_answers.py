@@ -108,13 +108,13 @@ def test_a_prompt_that_cannot_be_scored(tmp_path):
                 raise RewardError("not this one")
             return super().score(prompts, responses)
 
-    with pytest.warns(UserWarning, match="Left out prompt"):
+    with pytest.warns(UserWarning, match="Skipped prompt"):
         records, _, failed = answered(tmp_path / "a", sampling(reward=Fussy()))
     assert failed == {TRAIN[3].id: "not this one"}
     assert [r.prompt_id for r in records] == [p.id for p in TRAIN if p.id != TRAIN[3].id]
     Fussy.refused = frozenset(p.id for p in TRAIN)
     with (
-        pytest.warns(UserWarning, match="Left out prompt"),
+        pytest.warns(UserWarning, match="Skipped prompt"),
         pytest.raises(RewardError, match=r"None of 15 prompts .*not this one"),
     ):
         answered(tmp_path / "b", sampling(reward=Fussy()))

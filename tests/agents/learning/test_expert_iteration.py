@@ -53,7 +53,7 @@ from tests.toys import CountReward
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*train prompts. with fewer than 500"),
-    pytest.mark.filterwarnings("ignore:Iteration .*a value model was to be fitted on"),
+    pytest.mark.filterwarnings("ignore:Iteration .*to fit a value model on"),
     pytest.mark.filterwarnings("ignore:Iteration .*the gold reward fell"),
 ]
 
@@ -288,7 +288,7 @@ class TestKills:
         loop = make_loop(
             tmp_path / "a", SETTINGS, reward_model=stopping, gold_model=CountReward("b")
         )
-        with pytest.raises(KeyboardInterrupt, match=r"Stopped in iteration .*same call goes on"):
+        with pytest.raises(KeyboardInterrupt, match=r"Stopped in iteration .*same call resumes"):
             loop.run()
         loop.run()
         assert content(tmp_path / "a") == content(whole[0])
@@ -436,7 +436,7 @@ class TestStopping:
         loop = make_loop(tmp_path / "a", rest_em(), reward_model=Constant())
         with pytest.raises(NoSignalError) as caught:
             loop.run()
-        assert "no signal to learn from. The 480 scores of 15 prompts go from 0.5 to 0.5" in str(
+        assert "no signal to learn from. The 480 scores of 15 prompts range from 0.5 to 0.5" in str(
             caught.value
         )
         assert "check the reward 'count'" in str(caught.value)
@@ -559,7 +559,7 @@ class TestAgents:
         settings = rest_em(
             iterations=1, max_response_tokens=TOKENS, filter=FilterSettings(top_fraction=0.5)
         )
-        with pytest.warns(UserWarning, match="Left out prompt 'train-ab'"):
+        with pytest.warns(UserWarning, match="Skipped prompt 'train-ab'"):
             result = make_loop(tmp_path, settings, reward_model=Fussy()).run()
         report = result.iterations[1].collected
         assert (report.num_prompts, report.num_failed) == (14, 1)
@@ -613,7 +613,7 @@ class TestRefused:
 
         with pytest.raises(LoopError, match="train: expected at least 1"):
             loop([], VALIDATION)
-        with pytest.raises(LoopError, match=r"different ids, got \['train-aa'\] more than once"):
+        with pytest.raises(LoopError, match=r"distinct ids, got \['train-aa'\] more than once"):
             loop(TRAIN, [TRAIN[0]])
 
         class Asks(AnswerReward):

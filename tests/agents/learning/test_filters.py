@@ -97,9 +97,9 @@ def test_too_little_is_left(settings, left):
     with pytest.raises(FilterError) as caught:
         select([*ROWS, ROWS[0]], settings)
     message = str(caught.value)
-    assert f"at least two responses, got {left} of 6 (5 of them different)" in message
-    assert "The 6 scores of 2 prompts go from 0.1 to 1, quartiles 0.2, 0.4 and 0.6" in message
-    assert "Lower the threshold" in message
+    assert f"at least two responses, got {left} of 6 (5 of them distinct)" in message
+    assert "The 6 scores of 2 prompts range from 0.1 to 1, quartiles 0.2, 0.4 and 0.6" in message
+    assert "Lower threshold" in message
 
 
 def test_nothing_at_all():

@@ -190,7 +190,7 @@ class TestStopped:
 
         with monkeypatch.context() as patch:
             self.stop_in_step(patch, 5, stop)
-            with pytest.raises(KeyboardInterrupt, match="same call goes on"):
+            with pytest.raises(KeyboardInterrupt, match="same call resumes"):
                 fine_tune(tiny_lm(), RECORDS, tmp_path / "a", self.SETTINGS)
         assert not (tmp_path / "a").exists()
         (tmp_path / "a-checkpoints" / "checkpoint-4" / "trainer_state.json").unlink()

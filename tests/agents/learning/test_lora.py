@@ -120,7 +120,7 @@ class TestRefused:
         for other in (tiny_lm(seed=1), serve(tiny_lm(), folder)):
             with pytest.raises(TuningError, match=r"expected an adapter for .* trained on 'tiny'"):
                 serve(other, folder)
-            with pytest.raises(TuningError, match="Load that model, or tune this one"):
+            with pytest.raises(TuningError, match="Load that model, or fine-tune this one"):
                 trainable(other, AdapterSettings(), start_from=folder)
 
     @pytest.mark.parametrize("missing", ["base.json", "adapter_model.safetensors"])

@@ -115,7 +115,7 @@ class TestDivergence:
 
     def test_incomplete_responses_are_refused(self):
         for states in ([], [initial(ASKED[0], POLICY)]):
-            with pytest.raises(ValueError, match="complete responses, at least one"):
+            with pytest.raises(ValueError, match="at least one complete response"):
                 divergence(POLICY, OTHER, states)
 
 

@@ -200,7 +200,7 @@ class TestStopped:
         def press():
             os.kill(os.getpid(), signal.SIGINT)
 
-        with pytest.raises(KeyboardInterrupt, match="The same call goes on"):
+        with pytest.raises(KeyboardInterrupt, match="The same call resumes"):
             train(algorithm, tmp_path / "p", callbacks=[Stop(624, press)])
         assert "Ctrl-C again stops at once" in capsys.readouterr().err
         assert not (tmp_path / "p").exists()
@@ -305,7 +305,7 @@ class TestRefused:
     def test_prompts(self, tmp_path):
         with pytest.raises(TuningError, match="prompts: expected at least 1"):
             train("ppo", tmp_path / "p", prompts=[])
-        with pytest.raises(TuningError, match="different ids"):
+        with pytest.raises(TuningError, match="distinct ids"):
             train("ppo", tmp_path / "p", prompts=[PROMPTS[0], PROMPTS[0]])
 
     def test_a_folder_with_other_things(self, tmp_path):

@@ -303,7 +303,7 @@ class TestRefused:
     def test_prompts(self, tmp_path):
         with pytest.raises(TuningError, match="prompts: expected at least 2"):
             train_grpo(tiny_lm(), CountReward(), PROMPTS[:1], tmp_path / "a", QUICK)
-        with pytest.raises(TuningError, match=r"different ids, got \['Say"):
+        with pytest.raises(TuningError, match=r"distinct ids, got \['Say"):
             train_grpo(tiny_lm(), CountReward(), PROMPTS[:2] + PROMPTS[:1], tmp_path / "a", QUICK)
         assert not list(tmp_path.iterdir())
 
@@ -316,7 +316,7 @@ class TestRefused:
     @pytest.mark.parametrize(
         ("setting", "message"),
         [
-            ({"num_generations": 1}, "judged against each other, got 1"),
+            ({"num_generations": 1}, "compared with each other, got 1"),
             ({"batch_size": 3}, r"divisor of .* \(8\), got 3"),
             ({"temperature": 0}, "temperature"),
             ({"beta": -0.1}, "beta"),

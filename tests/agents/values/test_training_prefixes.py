@@ -76,7 +76,7 @@ def test_rows():
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_inputs_that_are_not_finite_name_their_prompt(bad):
     owners = [written("a", "aa", 1.0), written("cab", "aa", 2.0), written("d", "aa", 3.0)]
-    with pytest.raises(FitError, match=r"for 2 of 3 prefixes, first of prompt 'cab'"):
+    with pytest.raises(FitError, match=r"for 2 of 3 prefixes, first for prompt 'cab'"):
         samples_of(np.array([[0.0, 1.0], [1.0, bad], [bad, bad]]), owners)
 
 
