@@ -1,4 +1,4 @@
-"""Language models: the protocol, transformers models, servers, the embedded one, solvable toys."""
+"""Language models: the interface, transformers models, servers, embedded models and exact toys."""
 
 from mbrl_text_env._lazy import attach
 

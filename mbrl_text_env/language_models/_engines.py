@@ -1,4 +1,4 @@
-"""What servers are asked: OpenAI's completions, and how engines differ from them."""
+"""Requests in the format of OpenAI's completions, and the differences between engines."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ Call = Callable[..., Awaitable[Any]]
 MODELS, COMPLETIONS, CHATS = "/v1/models", "/v1/completions", "/v1/chat/completions"
 _NO_ROUTE = frozenset({404, 405})
 _BAD_REQUEST = frozenset({400, 422})
-# Above every logit: a token with this bias is drawn for certain.
+# Exceeds every logit: a token with this bias is sampled with certainty.
 _FORCED = 1e6
-# Whatever else a server does to the distribution by default is switched off. llama.cpp keeps the 40
-# most probable tokens, for instance.
+# Disables the servers' default changes to the distribution. For example, llama.cpp keeps the 40
+# most probable tokens.
 _NEUTRAL: dict[str, Any] = {
     "min_p": 0.0,
     "typical_p": 1.0,
@@ -46,14 +46,14 @@ _NEUTRAL: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Dialect:
-    """What a server's requests may contain: parameters beyond OpenAI's, log-probabilities, ids."""
+    """Optional parts of a server's requests: non-OpenAI parameters, log-probabilities, ids."""
 
     extras: bool = True
     logprobs: bool = True
     ids: bool = True
 
 
-# Tried in this order until one is not refused; chats take no ids.
+# Tried in this order until one is accepted; chats take no ids.
 _DIALECTS = (
     Dialect(),
     Dialect(extras=False),
@@ -66,7 +66,7 @@ _LAST = {COMPLETIONS: 4, CHATS: 2, "/generate": 1}
 
 @dataclass
 class Drawn:
-    """A chunk as far as it has come; `generated` counts tokens after a stop string too."""
+    """A chunk so far; `generated` also counts tokens after a stop string."""
 
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] | None = field(default_factory=list)
@@ -76,7 +76,7 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Ask:
-    """What follows one unfinished chunk of a request, or what several begin with."""
+    """One or more unfinished chunks of a request that are continued together."""
 
     request: SampleRequest
     chunks: Sequence[Drawn]
@@ -89,16 +89,16 @@ class Ask:
 
     @property
     def limit(self) -> int:
-        """Most tokens that are wanted."""
+        """Maximum number of tokens to sample."""
         return self.request.max_new_tokens - len(self.chunks[0].ids)
 
 
 @dataclass
 class Engine:
-    """A server, asked as one of an unknown kind is; subclasses are the known kinds.
+    """A server of an unknown kind; subclasses are the known kinds.
 
-    `losses` is shared by all servers. What is learned of a server: whether it has chats alone, its
-    dialect, and whether its text was compared with the local tokenizer's.
+    `losses` is shared by all servers. An instance learns whether its server only supports chats,
+    which dialect it accepts, and whether its tokenizer was compared with the local one.
     """
 
     url: str
@@ -114,26 +114,26 @@ class Engine:
 
     path: ClassVar[str] = COMPLETIONS
     draws_many: ClassVar[bool] = False
-    """Whether one request draws several samples, from `seed + i` or from chance."""
+    """Whether one request can sample several times, seeded with `seed + i` or at random."""
     all_tokens: ClassVar[int | None] = None
-    """The `top_k` that keeps all tokens; None where that is the default."""
+    """The `top_k` that keeps all tokens; None if that is the default."""
     keeps_stop: ClassVar[bool] = False
-    """Whether tokens of a stop string can be kept; elsewhere it is looked for here."""
+    """Whether tokens of a stop string can be kept; otherwise it is searched for locally."""
     continues: ClassVar[bool] = False
-    """Whether it goes on with an assistant message instead of answering it."""
+    """Whether the server can continue an assistant message instead of answering it."""
     first: ClassVar[int] = 0
-    """Number of the first dialect that it may know."""
+    """Index of the first dialect to try."""
     has_own_logprobs: ClassVar[bool] = True
     """Whether log-probabilities are the model's own, before the temperature."""
     most_next_tokens: ClassVar[int] = 5
-    """How many most probable next tokens it gives by default."""
+    """How many most probable next tokens the server returns by default."""
 
     def __post_init__(self) -> None:
         self.is_chat = self.options.mode == "chat"
         self.stops = sorted(self.options.tokenizer.stop_token_ids)
 
     async def complete(self, call: Call, ask: Ask) -> Bill:
-        """Extend chunks; asked in the first dialect that is not refused, and in it from then on."""
+        """Extend chunks, using the first dialect that the server accepts."""
         path = CHATS if self.is_chat else self.path
         last = _LAST[path]
         numbers = range(min(self.first, last), last + 1) if self.dialect is None else [self.dialect]
@@ -143,7 +143,7 @@ class Engine:
             try:
                 data = await call(self.url, path, self.body(path, ask, dialect))
             except RefusedError as error:
-                # An unknown model is a 404 too, and no reason to talk differently.
+                # An unknown model is also a 404, but not a reason to use another endpoint.
                 missing = error.status in _NO_ROUTE and "model" not in error.reason.lower()
                 if missing and path != CHATS and self.options.mode == "auto":
                     self.is_chat = True
@@ -155,8 +155,8 @@ class Engine:
             self.dialect = number
             if not dialect.extras and path in (COMPLETIONS, CHATS):
                 self.lose(
-                    "refuses parameters beyond OpenAI's: its own sampling defaults apply (top-k, "
-                    "min-p, penalties), and token ids cannot be asked for."
+                    "rejects parameters beyond OpenAI's: its own sampling defaults apply (top-k, "
+                    "min-p, penalties), and token ids cannot be requested."
                 )
             if not dialect.ids:
                 self.lose("takes no token ids: prompts are sent as text.")
@@ -168,7 +168,7 @@ class Engine:
         raise refusals[0]
 
     def body(self, path: str, ask: Ask, dialect: Dialect) -> dict[str, Any]:
-        """What it is asked for."""
+        """The request body."""
         params = ask.request.params
         body: dict[str, Any] = {
             **self._named(),
@@ -193,7 +193,7 @@ class Engine:
                 body |= {"stop": list(params.stop), "include_stop_str_in_output": True}
         elif params.top_k:
             raise UnsupportedByServerError(
-                f"{self.url} refuses parameters beyond OpenAI's, so it cannot sample with "
+                f"{self.url} rejects parameters beyond OpenAI's, so it cannot sample with "
                 f"top_k={params.top_k}. Use top_k=0, or another server."
             )
         if len(ask.chunks) > 1:
@@ -207,17 +207,17 @@ class Engine:
         return body | (logs if dialect.logprobs else {})
 
     def read(self, data: Any, count: int) -> tuple[list[Answer], Bill]:
-        """Its answers, and what is billed."""
+        """Read the answers and the bill."""
         answers = [http.openai_answer(choice) for choice in http.choices_of(data, count)]
         return answers, http.bill_of(data.get("usage") or {})
 
     def judging_body(self, prompt: list[int], count: int) -> dict[str, Any]:
-        """What asks for the log-probabilities of a prompt's last `count` tokens."""
+        """Request body for the log-probabilities of a prompt's last `count` tokens."""
         asked = {"max_tokens": 0, "echo": True, "logprobs": 1}
         return {"prompt": prompt, "temperature": 0.0, **self._named(), **asked}
 
     def read_judged(self, data: Any, length: int, ids: Sequence[int]) -> list[float] | None:
-        """The log-probabilities of `ids`, which end a prompt; None where they are not echoed."""
+        """Log-probabilities of `ids`, the end of a prompt; None if they are not echoed."""
         [choice] = http.choices_of(data, 1)
         found = (choice.get("logprobs") or {}).get("token_logprobs")
         if found is None or len(found) != length:
@@ -227,9 +227,9 @@ class Engine:
     async def judge(
         self, call: Call, state: TextState, chunk: Chunk
     ) -> tuple[tuple[float, ...], list[Bill]]:
-        """The log-probabilities of a given chunk, and what was billed."""
+        """The log-probabilities of a given chunk, and the bills."""
         if self.is_chat:
-            raise self._cannot("judge", "it is asked for chats")
+            raise self._cannot("judge", "only its chat endpoint is used")
         ids = list(chunk.token_ids)
         found, bills = await self.judged(call, [*prefix_of(state), *ids], ids)
         return tuple(found), bills
@@ -237,7 +237,7 @@ class Engine:
     async def judged(
         self, call: Call, prompt: list[int], ids: list[int]
     ) -> tuple[list[float], list[Bill]]:
-        """The same for `ids`, which end a prompt."""
+        """The log-probabilities of `ids`, the end of a prompt, and the bills."""
         try:
             data = await call(self.url, self.path, self.judging_body(prompt, len(ids)))
         except RefusedError as error:
@@ -250,9 +250,9 @@ class Engine:
     async def next_tokens(
         self, call: Call, prompt: list[int], k: int
     ) -> tuple[NextTokens, list[Bill]]:
-        """The k most probable next tokens of a prompt, and what was billed."""
+        """The k most probable next tokens of a prompt, and the bills."""
         if self.is_chat or self.path != COMPLETIONS or self.first:
-            raise self._cannot("rank", "it is not known to take and give token ids")
+            raise self._cannot("rank", "it is not known to take and return token ids")
         asked = {"max_tokens": 1, "temperature": 0.0, "logprobs": k}
         body = {**_NEUTRAL, **self._named(), "prompt": prompt, **asked}
         body |= {"return_tokens_as_token_ids": True, "cache_prompt": self.options.prefix_cache}
@@ -262,7 +262,7 @@ class Engine:
             raise self._cannot("rank", error.reason) from error
         found = self.checked(self.path, http.read_next_tokens, data)
         if found is None:
-            raise self._cannot("rank", "it does not say which tokens they are")
+            raise self._cannot("rank", "it does not return their ids")
         best = sorted(found.items(), key=lambda pair: -pair[1])[:k]
         ids, logprobs = zip(*best, strict=True)
         return NextTokens(ids, logprobs), [http.bill_of(data.get("usage") or {})]
@@ -273,17 +273,17 @@ class Engine:
             "judge": ("log-probabilities of given tokens", "vLLM, SGLang or llama.cpp"),
         }[what]
         return UnsupportedByServerError(
-            f"{self.url} cannot give the {lacks} ({reason}). Use {use}, or an agent that does "
+            f"{self.url} does not return the {lacks} ({reason}). Use {use}, or an agent that does "
             "without."
         )
 
     def extend(self, drawn: Drawn, answer: Answer, request: SampleRequest, bill: Bill) -> None:
-        """Add what was sampled to a chunk."""
+        """Append the sampled tokens to a chunk."""
         params, limit = request.params, request.max_new_tokens - len(drawn.ids)
         ids, logprobs = self._tokens(answer, limit)
         if logprobs is None or not (self.has_own_logprobs or params.temperature in (0.0, 1.0)):
             logprobs = None
-            self.lose("does not give the model's own log-probabilities: they are left out.")
+            self.lose("does not return the model's own log-probabilities: they are omitted.")
         drawn.generated += len(ids)
         for i, token in enumerate(ids, start=1):
             chunk = drawn.ids + ids[:i]
@@ -297,8 +297,8 @@ class Engine:
             if extra and logprobs is not None:
                 logprobs = None
                 self.lose(
-                    "gives no log-probability of the token that ends a response: chunks with such "
-                    "a token have none."
+                    "returns no log-probability of the token that ends a response: chunks with "
+                    "such a token have none."
                 )
         if not ids:
             raise MalformedAnswerError(f"{self.url}: expected at least one token, got none.")
@@ -310,12 +310,12 @@ class Engine:
         drawn.is_done = drawn.is_done or len(ids) >= limit
 
     def _tokens(self, answer: Answer, limit: int) -> tuple[list[int], list[float] | None]:
-        """The sampled ids, and their log-probabilities where those are known."""
+        """The sampled ids, and their log-probabilities if known."""
         tokenizer, ids = self.options.tokenizer, answer.token_ids
         if ids is None:
             self.lose(
-                "gives no token ids: its text is encoded anew, and the tokens may differ from "
-                "those that were sampled."
+                "returns no token ids: its text is encoded locally, and the tokens may differ "
+                "from those that were sampled."
             )
             return list(tokenizer.encode_text(answer.text)[:limit]), None
         if len(ids) > limit or not all(i < tokenizer.vocab_size for i in ids):
@@ -324,13 +324,13 @@ class Engine:
                 f"got {ids}. Is the tokenizer that of the server's model?"
             )
         theirs, ours = answer.text.strip(), tokenizer.decode(ids).strip()
-        # A character whose bytes are not all there yet is shown differently.
+        # An incomplete character is displayed differently.
         if not self.is_compared and theirs and "\ufffd" not in theirs + ours:
             self.is_compared = True
-            # A chat's answer may begin with the message that it continues.
+            # A chat's answer can start with the message that it continues.
             if ours not in theirs:
                 self.lose(
-                    f"reads its tokens as {theirs[:80]!r}, and the tokenizer as {ours[:80]!r}: it "
+                    f"reads its tokens as {theirs[:80]!r}, but the tokenizer as {ours[:80]!r}: it "
                     "does not seem to be that of the server's model."
                 )
         return ids, answer.logprobs
@@ -338,20 +338,20 @@ class Engine:
     def _after_early_end(
         self, answer: Answer, ids: list[int], bill: Bill
     ) -> tuple[list[int], bool]:
-        """What has to be added to fewer tokens than were asked for, and whether that is the end."""
+        """Tokens to add if the server returned too few, and whether the chunk has ended."""
         stops = self.stops
         if answer.reason != "stop":
             if answer.token_ids is None and ids:
-                return [], True  # Encoded anew, they may be fewer than were sampled.
+                return [], True  # Encoded locally, they can be fewer than were sampled.
             raise ServerError(
                 f"{self.url} ended after {len(ids)} tokens (finish_reason {answer.reason!r}) "
                 "without a stop token. If its context is shorter than the model's, pass "
-                "context_length=; a cap on tokens has to be lifted."
+                "context_length=; otherwise remove the server's limit on tokens."
             )
         if isinstance(answer.matched, int):
             is_listed = ids[-1:] == [answer.matched]
             return [] if is_listed else [answer.matched], answer.matched in stops
-        # A token of the server's that ends no response here: the chunk goes on after it.
+        # The server's token does not end responses here: the chunk continues after it.
         if answer.token_ids is not None and ids and bill.generated == len(ids):
             return [], False
         if not stops:
@@ -363,16 +363,16 @@ class Engine:
         return [eos if eos in stops else stops[0]], True
 
     def _chat(self, ask: Ask) -> dict[str, Any]:
-        """A chat's messages; a response that has begun is a message to go on with."""
+        """Body for a chat; a started response is sent as a message to continue."""
         self.lose(
-            "is asked for chats: it applies its own template, and the tokens of a response that is "
-            "continued are those that it makes of the text."
+            "is used through its chat endpoint: it applies its own template, and encodes the text "
+            "of a continued response again."
         )
         state = ask.request.state
         prompt = state.prompt
         if isinstance(prompt.content, str):
             raise UnsupportedByServerError(
-                f"{self.url} is asked for chats, and prompt {prompt.id!r} is plain text. Load "
+                f"{self.url} only has chats, but prompt {prompt.id!r} is plain text. Load "
                 "prompts as chats, or use a server with /v1/completions."
             )
         messages = [{"role": m.role, "content": m.content} for m in prompt.content]
@@ -381,7 +381,7 @@ class Engine:
             return {"messages": messages}
         if not self.continues:
             raise UnsupportedByServerError(
-                f"{self.url} is asked for chats and is not known to continue a response (engine "
+                f"{self.url} only has chats and is not known to continue a response (engine "
                 f"{self.kind!r}). Use an agent that samples whole responses (best-of-n), or a "
                 "server with /v1/completions."
             )
@@ -399,12 +399,12 @@ class Engine:
         return {} if self.model is None else {"model": self.model}
 
     def lose(self, text: str) -> None:
-        """Note something that this server does not give."""
+        """Record a feature that this server does not provide."""
         if (text := f"{self.url} {text}") not in self.losses:
             self.losses.append(text)
 
     def checked(self, path: str, read: Callable[..., T], *data: Any) -> T:
-        """What a reader makes of an answer, its errors told as the server's."""
+        """Apply a reader to an answer; its errors become the server's."""
         try:
             return read(*data)
         except (ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
@@ -413,10 +413,10 @@ class Engine:
 
 
 class VLLM(Engine):
-    """Knows all that is asked for, and gives log-probabilities of a prompt."""
+    """Supports everything, including log-probabilities of a prompt."""
 
     draws_many, all_tokens, keeps_stop, continues = True, -1, True, True
-    most_next_tokens = 20  # More takes a server with `--max-logprobs`.
+    most_next_tokens = 20  # More need a server with `--max-logprobs`.
 
     def judging_body(self, prompt: list[int], count: int) -> dict[str, Any]:
         asked = {"max_tokens": 1, "prompt_logprobs": 1}
@@ -434,14 +434,14 @@ class VLLM(Engine):
 
 
 class SGLang(Engine):
-    """Is asked in its own form."""
+    """Has its own request format."""
 
     path, continues, has_own_logprobs = "/generate", True, False
 
     def body(self, path: str, ask: Ask, dialect: Dialect) -> dict[str, Any]:
         if path == CHATS:
             return super().body(path, ask, dialect)
-        self.lose("is SGLang: seeds count only with --enable-deterministic-inference.")
+        self.lose("is SGLang: seeds only apply with --enable-deterministic-inference.")
         params = ask.request.params
         sampling: dict[str, Any] = {
             "temperature": params.temperature,
@@ -479,20 +479,20 @@ class SGLang(Engine):
 
 
 class LlamaCpp(Engine):
-    """Gives no log-probabilities of a prompt, but those of a sampled token before any bias."""
+    """Returns no log-probabilities of a prompt, but those of a sampled token before any bias."""
 
     all_tokens, continues, most_next_tokens = 0, True, 1000
 
     async def judged(
         self, call: Call, prompt: list[int], ids: list[int]
     ) -> tuple[list[float], list[Bill]]:
-        """One request for each token, which is forced; the cache makes it a pass over one token."""
+        """Force each token in its own request; with the cache, each needs a pass over one token."""
         found: list[float] = []
         bills = []
         for i, token in enumerate(ids, start=len(prompt) - len(ids)):
             body = {
                 **_NEUTRAL,
-                # From the second token on it is this request's own prefix that is reused.
+                # From the second token on, the reused prefix is this request's own.
                 "cache_prompt": self.options.prefix_cache or bool(found),
                 "prompt": prompt[:i],
                 "model": self.model,
@@ -514,13 +514,13 @@ class LlamaCpp(Engine):
 
 
 class TGI(Engine):
-    """Takes text alone."""
+    """Takes text only."""
 
     first = 3
 
 
 class OpenAI(Engine):
-    """Takes nothing beyond OpenAI's parameters."""
+    """Takes only OpenAI's parameters."""
 
     draws_many, first = True, 1
 
@@ -532,11 +532,11 @@ _ENGINES: dict[str, type[Engine]] = {
     "tgi": TGI,
     "openai": OpenAI,
 }
-"""By the name that servers give as the owner of their models, or that `engine=` gives."""
+"""Engines by the owner that servers report for their models, or by `engine=`."""
 
 
 async def look(call: Call, url: str, options: Options, losses: list[str]) -> Engine:
-    """What is at an address, by what it says of its models."""
+    """Detect the engine at an address from its model list."""
     owner, model, context_length, num_parameters = "", options.model, None, None
     try:
         data = await call(url, MODELS)

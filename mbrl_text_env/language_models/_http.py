@@ -1,7 +1,7 @@
-"""Requests to servers, retried, and their answers, checked; what they mean is known in `_engines`.
+"""Send requests to servers with retries, and validate answers; `_engines` interprets them.
 
-Readers of answers raise `ValueError` with what was expected and what came, or `TransientError`
-where asking again may help.
+Readers of answers raise a `ValueError` that names the expected and the actual content, or a
+`TransientError` if a retry can help.
 """
 
 from __future__ import annotations
@@ -30,37 +30,37 @@ Kind = Literal["llamacpp", "openai", "sglang", "tgi", "vllm"]
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.25, 2.0
 _CONNECT_SECONDS = 5.0
-# Busy, restarting, or loading its model: no fault of the request's.
+# Busy, restarting, or loading the model: not caused by the request.
 _NOT_READY = frozenset({429, 502, 503, 504})
-# Gave up waiting, another request was in the way, or too early: the next attempt may pass.
+# Timeout, conflict or too early: the next attempt may succeed.
 _PASSING = frozenset({408, 409, 425})
 _SHOWN_CHARACTERS = 400
-# Log-probabilities are rounded: a certain token may come out a hair above 0.
+# Log-probabilities are rounded: that of a certain token can be slightly above 0.
 _ROUNDING = 1e-6
 
 
 class ServerError(RuntimeError):
-    """A server that refuses a request, or answers what it should not."""
+    """A server rejects a request or gives an invalid answer."""
 
 
 class ServerConfigError(ServerError, ValueError):
-    """A client that cannot be made as asked."""
+    """A client cannot be created with these arguments."""
 
 
 class ServerUnavailableError(ServerError):
-    """No server answered for as long as one was waited for."""
+    """No server answered within the waiting time."""
 
 
 class UnsupportedByServerError(ServerError, NotImplementedError):
-    """Something that a server cannot do."""
+    """A server does not support something."""
 
 
 class MalformedAnswerError(ServerError):
-    """An answer that is not what the protocol says."""
+    """An answer does not follow the protocol."""
 
 
 class RefusedError(ServerError):
-    """A request that a server will never answer, with its status and reason."""
+    """A server rejects a request for good, with a status and a reason."""
 
     def __init__(self, message: str, status: int, reason: str) -> None:
         super().__init__(message)
@@ -68,10 +68,10 @@ class RefusedError(ServerError):
 
 
 class TransientError(Exception):
-    """A failure that may pass, after the `pause` in seconds that the server asks for.
+    """A failure that may be temporary; `pause` is the server's requested delay in seconds.
 
-    It is counted where the request itself may be the cause, which is given up after a few attempts.
-    A server that is down or busy is waited for instead.
+    It is counted if the request itself may be the cause; after a few attempts, the request fails. A
+    server that is down or busy is waited for instead.
     """
 
     def __init__(self, reason: str, *, is_counted: bool = True, pause: float | None = None) -> None:
@@ -81,7 +81,7 @@ class TransientError(Exception):
 
 @dataclass(frozen=True)
 class Options:
-    """How servers are asked, checked; for the fields see `server.ServerLM`."""
+    """Validated connection options; for the fields see `server.ServerLM`."""
 
     urls: Sequence[str]
     tokenizer: HFTokenizer
@@ -99,7 +99,7 @@ class Options:
     def __post_init__(self) -> None:
         urls = [_checked_url(u) for u in ([self.urls] if isinstance(self.urls, str) else self.urls)]
         if not urls or len(set(urls)) < len(urls):
-            raise ServerConfigError(f"base_urls: expected different addresses, got {urls}.")
+            raise ServerConfigError(f"base_urls: expected distinct addresses, got {urls}.")
         object.__setattr__(self, "urls", urls)
         if self.mode not in get_args(Mode):
             raise ServerConfigError(f"mode: expected one of {get_args(Mode)}, got {self.mode!r}.")
@@ -113,16 +113,16 @@ class Options:
                 raise ServerConfigError(f"{name}: expected at least 1, got {value}.")
         if not self.timeout > 0 or not self.max_wait >= 0:
             raise ServerConfigError(
-                "Expected a timeout above 0 and a max_wait from 0 up, got "
+                "Expected timeout above 0 and max_wait of at least 0, got "
                 f"{self.timeout} and {self.max_wait}."
             )
 
     def key(self) -> str:
-        """The API key, read from the environment anew each time and kept nowhere."""
+        """The API key, read from the environment each time and never stored."""
         return os.environ.get(self.api_key_env, "").strip()
 
     def scrub(self, text: object) -> str:
-        """The text as it may be shown: without the key, should a server have quoted it."""
+        """Remove the key from a text, in case a server quotes it."""
         key = self.key()
         return str(text).replace(key, "***") if key else str(text)
 
@@ -130,10 +130,10 @@ class Options:
         """Add the key to a request."""
         if key := self.key():
             if not (key.isascii() and key.isprintable()):
-                # Sent on, it would be quoted in the HTTP library's error.
+                # If it were sent, the HTTP library's error would quote it.
                 raise ServerError(
-                    f"The environment variable {self.api_key_env} holds characters that no API key "
-                    "has (line breaks or letters outside ASCII). Set it again."
+                    f"The environment variable {self.api_key_env} has characters that are not "
+                    "allowed in an API key (line breaks or letters outside ASCII). Set it again."
                 )
             request.headers["Authorization"] = f"Bearer {key}"
         return request
@@ -149,9 +149,9 @@ class _Endpoint:
 
 
 class Transport:
-    """Connections to servers of the same model, in a thread with an event loop of its own.
+    """Connections to servers of the same model, in a thread with its own event loop.
 
-    So any thread and any notebook may call; `run` and `call` are coroutines of that loop.
+    It can be used from any thread or notebook; `run` and `call` are coroutines of its loop.
     """
 
     def __init__(self, options: Options) -> None:
@@ -164,11 +164,11 @@ class Transport:
             auth=options.authorize,
             timeout=httpx.Timeout(timeout, connect=min(_CONNECT_SECONDS, timeout), pool=None),
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
-            # A key must not follow a redirect to somebody else.
+            # A redirect must not pass the key on to another server.
             follow_redirects=False,
-            # Reading the certificates takes longer than a request, and plain http needs none.
+            # Loading the certificates takes longer than a request, and plain http needs none.
             verify=any(url.startswith("https:") for url in options.urls),
-            # A proxy cannot reach this machine's own loopback.
+            # A proxy cannot reach this machine's loopback.
             trust_env=not all(_is_loopback(url) for url in options.urls),
         )
         self._loop = asyncio.new_event_loop()
@@ -177,7 +177,7 @@ class Transport:
 
     @property
     def served(self) -> dict[str, int]:
-        """Requests that each server has answered."""
+        """Number of requests that each server has answered."""
         return {endpoint.url: endpoint.served for endpoint in self._endpoints}
 
     def submit(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
@@ -185,13 +185,13 @@ class Transport:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
     def close(self) -> None:
-        """Cancel what is under way, and close the connections."""
-        # A thread does not outlive a fork, and the loop's pipe belongs to the parent.
+        """Cancel running requests, and close the connections."""
+        # A thread does not survive a fork, and the loop's pipe belongs to the parent.
         if self.pid != os.getpid():
             return
-        with contextlib.suppress(RuntimeError):  # It is closed.
+        with contextlib.suppress(RuntimeError):  # Already closed.
             self._loop.call_soon_threadsafe(self._loop.stop)
-        # The collector may have brought us here from the loop itself.
+        # The garbage collector can call this from the loop's own thread.
         if threading.current_thread() is not self._thread:
             self._thread.join(timeout=_CONNECT_SECONDS)
 
@@ -205,18 +205,18 @@ class Transport:
         await self._client.aclose()
 
     async def run(self, job: Callable[[str], Awaitable[T]]) -> T:
-        """The result of a job at the server with the least to do; `TransientError` is retried.
+        """Run a job at the server with the fewest requests; retry it after a `TransientError`.
 
         Raises:
-            ServerUnavailableError: None answered for `max_wait` seconds.
-            ServerError: They answered, but not this job.
+            ServerUnavailableError: No server answered for `max_wait` seconds.
+            ServerError: Servers answered, but not this job.
         """
         began, counted, options = time.monotonic(), 0, self._options
         backoff = tenacity.wait_random_exponential(multiplier=_FIRST_PAUSE, max=_LONGEST_PAUSE)
         endpoint = self._endpoints[0]
 
         def wait(state: tenacity.RetryCallState) -> float:
-            """Set the server aside; wait only where every server is."""
+            """Set the server aside; only wait if all servers are set aside."""
             now, pause = time.monotonic(), _error(state).pause
             pause = backoff(state) if pause is None else pause
             endpoint.aside_until = max(endpoint.aside_until, now + pause)
@@ -228,15 +228,15 @@ class Transport:
             failure = f"The last failure was {endpoint.url}: {_error(state)}."
             if counted >= options.max_attempts:
                 raise ServerError(
-                    f"A request failed {counted} times although a server was there. {failure} "
-                    "Look into the server's log, or allow more time (timeout)."
+                    f"A request failed {counted} times although a server was available. {failure} "
+                    "Check the server's log, or allow more time (timeout)."
                 ) from None
             wake = time.monotonic() + state.upcoming_sleep
             if state.upcoming_sleep and wake > max(began, self._last_answer) + options.max_wait:
                 raise ServerUnavailableError(
-                    f"No server answers: {', '.join(options.urls)}. {failure} They were waited for "
-                    f"up to max_wait={options.max_wait:g} s. Start the server again, or wait "
-                    "longer; a comparison that is run again goes on where it stopped."
+                    f"No server answers: {', '.join(options.urls)}. {failure} Waited "
+                    f"up to max_wait={options.max_wait:g} s. Restart the server, or wait "
+                    "longer; a comparison resumes where it stopped when it is run again."
                 ) from None
             return False
 
@@ -259,18 +259,18 @@ class Transport:
         return result
 
     async def call(self, url: str, path: str, body: Any = None) -> Any:
-        """What a server answers to one request, read from JSON; without a body it is a GET.
+        """Return a server's JSON answer to one request; without a body it is a GET.
 
         Raises:
-            TransientError: It may answer later, or another one may.
-            RefusedError: It refuses the request (4xx).
-            ServerError: The key is refused, or it points somewhere else.
-            MalformedAnswerError: The answer is no JSON.
+            TransientError: This or another server may answer later.
+            RefusedError: The server rejects the request (4xx).
+            ServerError: The key is rejected, or the server redirects.
+            MalformedAnswerError: The answer is not JSON.
         """
         scrub, timeout = self._options.scrub, self._options.timeout
         method = "GET" if body is None else "POST"
         try:
-            # httpx limits the pauses between bytes; this limits the whole answer.
+            # httpx limits the time between bytes; this limits the time of the whole answer.
             async with asyncio.timeout(timeout):
                 response = await self._client.request(method, url + path, json=body)
         except (httpx.ConnectError, httpx.ConnectTimeout) as error:
@@ -287,13 +287,13 @@ class Transport:
         except ValueError:
             shown = scrub(response.text)[:_SHOWN_CHARACTERS]
             if not shown.strip() or shown.lstrip().startswith(("{", "[")):
-                raise TransientError(f"an answer that was cut off: {shown!r}") from None
+                raise TransientError(f"a truncated answer: {shown!r}") from None
             raise MalformedAnswerError(
                 f"{url}{path}: expected JSON, got {shown!r}. Is this the address of an "
                 "OpenAI-compatible server?"
             ) from None
         if isinstance(data, dict) and (said := data.get("error")):
-            # Gateways answer 200 and put the status of the server behind them into the body.
+            # Gateways can answer 200 with the status of the server behind them in the body.
             code = said.get("code") if isinstance(said, dict) else None
             self._check_status(url, response, code if isinstance(code, int) else 500)
         return data
@@ -305,8 +305,8 @@ class Transport:
         if status < 400:
             target = options.scrub(_shown_url(response.headers.get("location", "")))
             raise ServerError(
-                f"{url} redirects to {target!r}. Redirects are not followed, since the "
-                "API key would go along; pass the address that it points to."
+                f"{url} redirects to {target!r}. Redirects are not followed, because the "
+                "API key would be sent too; pass the target address."
             )
         reason = options.scrub(_reason(response))[:_SHOWN_CHARACTERS]
         said = f"status {status}: {reason}"
@@ -315,14 +315,14 @@ class Transport:
             raise TransientError(said, is_counted=is_counted, pause=_retry_after(response))
         if status in {401, 403}:
             raise ServerError(
-                f"{url} refuses the API key ({said}). It is read from the environment variable "
+                f"{url} rejects the API key ({said}). It is read from the environment variable "
                 f"{options.api_key_env}."
             )
-        raise RefusedError(f"{url} refuses the request ({said})", status, reason)
+        raise RefusedError(f"{url} rejects the request ({said})", status, reason)
 
 
 async def gather(jobs: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
-    """All results in order; where one fails, the others are cancelled and waited for."""
+    """Return all results in order; if one fails, cancel the others and wait for them."""
     tasks = [asyncio.ensure_future(job) for job in jobs]
     try:
         return list(await asyncio.gather(*tasks))
@@ -343,7 +343,7 @@ def _error(state: tenacity.RetryCallState) -> TransientError:
 
 
 def _checked_url(url: str) -> str:
-    """A server's address without a trailing `/v1`."""
+    """Check a server's address, and remove a trailing `/v1`."""
     try:
         parsed = httpx.URL(url.strip())
     except (httpx.InvalidURL, AttributeError):
@@ -354,18 +354,18 @@ def _checked_url(url: str) -> str:
         )
     if parsed.userinfo or parsed.query or parsed.fragment:
         raise ServerConfigError(
-            f"base_urls: expected an address without name, password and query, got one at "
+            f"base_urls: expected an address without user name, password and query, got one at "
             f"{parsed.host!r}. API keys are read from the environment (api_key_env)."
         )
     return str(parsed).rstrip("/").removesuffix("/v1").rstrip("/")
 
 
 def _shown_url(url: str) -> str:
-    """An address without name, password and query."""
+    """An address without user name, password and query."""
     try:
         return str(httpx.URL(url).copy_with(username=None, password=None, query=None))
     except httpx.InvalidURL:
-        return "an address that cannot be read"
+        return "an invalid address"
 
 
 def _is_loopback(url: str) -> bool:
@@ -377,7 +377,7 @@ def _is_loopback(url: str) -> bool:
 
 
 def _reason(response: httpx.Response) -> str:
-    """What an error answer says, in the words of the server."""
+    """The server's own words in an error answer."""
     try:
         data = response.json()
     except ValueError:
@@ -389,7 +389,7 @@ def _reason(response: httpx.Response) -> str:
 
 
 def _retry_after(response: httpx.Response) -> float | None:
-    """Seconds that the server asks for, given as a number or as a date."""
+    """Seconds to wait as requested by the server, from a number or a date."""
     text = response.headers.get("retry-after", "").strip()
     try:
         return max(0.0, float(text))
@@ -401,7 +401,7 @@ def _retry_after(response: httpx.Response) -> float | None:
 
 @dataclass(frozen=True)
 class Answer:
-    """A sample of a server's, None where it does not say; `matched` is the stop that ended it."""
+    """A server's sample; None marks missing data. `matched` is the stop that ended it."""
 
     token_ids: list[int] | None
     logprobs: list[float] | None
@@ -412,9 +412,9 @@ class Answer:
 
 @dataclass(frozen=True)
 class Bill:
-    """Tokens that a server counts for a request, None where it does not.
+    """Token counts that a server reports for a request; None if it does not.
 
-    Those of the prompt count once for all samples; `cached` are those of them not computed.
+    Prompt tokens count once for all samples; `cached` of them were not computed.
     """
 
     prompt: int | None = None
@@ -423,7 +423,7 @@ class Bill:
 
 
 def read_model(data: Any, wanted: str | None) -> tuple[str, str, int | None, int | None]:
-    """Owner, name, context and parameters of a model in `/v1/models`, or of the only one there."""
+    """Owner, name, context and parameters of a model in `/v1/models`, or of the only one listed."""
     entries = list_in(data, "data")
     names = [str(field_of(entry, "id")) for entry in entries]
     if not names:
@@ -441,7 +441,7 @@ def read_model(data: Any, wanted: str | None) -> tuple[str, str, int | None, int
 
 
 def bill_of(usage: dict[str, Any]) -> Bill:
-    """What a server counts for a request."""
+    """Token counts from a server's `usage`."""
     details = usage.get("prompt_tokens_details") or {}
     cached = details.get("cached_tokens", usage.get("cached_tokens"))
     counts = (usage.get("prompt_tokens"), cached, usage.get("completion_tokens"))
@@ -449,7 +449,7 @@ def bill_of(usage: dict[str, Any]) -> Bill:
 
 
 def openai_answer(choice: dict[str, Any]) -> Answer:
-    """The sample of a completion or a chat; ids and log-probabilities in the new or old form."""
+    """Read a completion or chat sample; ids and log-probabilities in the new or old format."""
     logs = choice.get("logprobs") or {}
     tokens = found = None
     if logs.get("content") is not None:
@@ -472,7 +472,7 @@ def openai_answer(choice: dict[str, Any]) -> Answer:
 
 
 def read_next_tokens(data: Any) -> dict[int, float] | None:
-    """Log-probabilities of the tokens that may come first; None where their ids are not said."""
+    """Log-probabilities of the possible first tokens; None if their ids are missing."""
     [choice] = choices_of(data, 1)
     logs = choice.get("logprobs") or {}
     if logs.get("content"):
@@ -489,8 +489,8 @@ def read_next_tokens(data: Any) -> dict[int, float] | None:
 def checked_answer(
     ids: Any, logprobs: list[Any] | None, text: Any, reason: Any, matched: Any
 ) -> Answer:
-    """A sample, from what a server says."""
-    # Ends that a server's own trouble made; the same request may be answered the next time.
+    """Validate a server's sample."""
+    # Ends caused by a server's own failure; a retry may succeed.
     if reason in ("abort", "error"):
         raise TransientError(f"the server gave up (finish_reason {reason!r})")
     if ids is None and not isinstance(text, str):
@@ -500,14 +500,14 @@ def checked_answer(
             raise ValueError(f"expected token ids, got {str(ids)[:200]}")
         if logprobs is not None and len(logprobs) != len(ids):
             raise ValueError(
-                f"expected one log-probability a token ({len(ids)}), got {len(logprobs)}"
+                f"expected one log-probability per token ({len(ids)}), got {len(logprobs)}"
             )
     checked = None if logprobs is None else checked_logprobs(logprobs)
     return Answer(ids, checked, text if isinstance(text, str) else "", reason, matched)
 
 
 def checked_logprobs(values: Sequence[Any]) -> list[float]:
-    """Log-probabilities, of which NaN and -inf are none."""
+    """Validate log-probabilities; NaN and -inf are errors."""
     for value in values:
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if not (is_number and -math.inf < value <= _ROUNDING):
@@ -516,7 +516,7 @@ def checked_logprobs(values: Sequence[Any]) -> list[float]:
 
 
 def choices_of(data: Any, count: int) -> list[dict[str, Any]]:
-    """The samples of an answer in the order of their numbers."""
+    """The samples of an answer, ordered by index."""
     choices = list_in(data, "choices")
     if not choices:
         raise TransientError("an answer without choices")
@@ -527,14 +527,14 @@ def choices_of(data: Any, count: int) -> list[dict[str, Any]]:
 
 
 def field_of(data: Any, name: str) -> Any:
-    """A field that has to be there."""
+    """Return a required field."""
     if not isinstance(data, dict) or name not in data:
         raise ValueError(f"expected the field {name!r}, got {str(data)[:200]}")
     return data[name]
 
 
 def list_in(data: Any, name: str) -> list[Any]:
-    """A field that has to be a list."""
+    """Return a required list."""
     value = field_of(data, name)
     if not isinstance(value, list):
         raise ValueError(f"expected a list for {name}, got {str(value)[:200]}")
@@ -546,6 +546,6 @@ def _count(value: Any) -> int | None:
 
 
 def _placeholder(token: Any) -> int | None:
-    """The id in `token_id:123`, as vLLM writes a token when asked for ids."""
+    """The id in `token_id:123`, which is how vLLM writes tokens as ids."""
     prefix, _, digits = str(token).rpartition(":")
     return int(digits) if prefix == "token_id" and digits.isdecimal() else None

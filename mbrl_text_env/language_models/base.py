@@ -1,4 +1,4 @@
-"""What the environment and the agents need of a tokenizer and a language model."""
+"""Interfaces of the tokenizer and the language model that environments and agents use."""
 
 from __future__ import annotations
 
@@ -24,27 +24,27 @@ from mbrl_text_env.types import (
 
 
 class PromptEncodingError(ValueError):
-    """A prompt that a tokenizer or its chat template does not take."""
+    """The tokenizer or its chat template cannot encode a prompt."""
 
 
 class PromptTooLongError(PromptEncodingError):
-    """A prompt that leaves no room for a response in the model's context."""
+    """A prompt leaves no room for a response in the model's context."""
 
 
 class UnknownTokenError(PromptEncodingError):
-    """A prompt with a token that the tokenizer knows and the model does not."""
+    """A prompt has a token that the tokenizer knows but the model does not."""
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How tokens are drawn: temperature, then top-k, then top-p, as in transformers and vLLM.
+    """Sampling parameters: temperature, then top-k, then top-p, as in transformers and vLLM.
 
     Args:
-        temperature: 0 is greedy decoding; 1 the model's own distribution.
-        top_p: Smallest set of tokens whose probability reaches `top_p`; 1 keeps all.
-        top_k: Number of most probable tokens kept; 0 keeps all.
-        stop: Texts that end a chunk with the token that completes one of them, such as
-            `("\n\n",)` for a paragraph. The response goes on: only a stop token ends it.
+        temperature: 0 is greedy decoding; 1 is the model's own distribution.
+        top_p: Keep the smallest set of tokens whose probability reaches `top_p`; 1 keeps all.
+        top_k: Keep this many most probable tokens; 0 keeps all.
+        stop: Strings that end a chunk after the token that completes one, such as `("\n\n",)` for
+            paragraphs. The response continues: only a stop token ends it.
 
     Raises:
         ValueError: A value is outside its range.
@@ -58,57 +58,57 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature: expected a number from 0 up, got {self.temperature!r}.")
+            raise ValueError(f"temperature: expected a number >= 0, got {self.temperature!r}.")
         if not 0.0 < self.top_p <= 1.0:
             raise ValueError(f"top_p: expected a number above 0 and up to 1, got {self.top_p!r}.")
         if self.top_k < 0:
             raise ValueError(f"top_k: expected 0 (keep all) or more, got {self.top_k!r}.")
         if isinstance(self.stop, str):
-            raise TypeError(f"stop: expected a tuple of strings, got {self.stop!r}; write a tuple.")
+            raise TypeError(f"stop: expected a tuple of strings, got {self.stop!r}; use a tuple.")
         object.__setattr__(self, "stop", tuple(self.stop))
         if not all(self.stop):
-            raise ValueError(f"stop: expected texts that are not empty, got {self.stop!r}.")
+            raise ValueError(f"stop: expected non-empty strings, got {self.stop!r}.")
 
     @property
     def is_plain(self) -> bool:
-        """Whether tokens are drawn from the model's own distribution."""
+        """Whether tokens are sampled from the model's own distribution."""
         return (self.temperature, self.top_p, self.top_k) == (1.0, 1.0, 0)
 
 
 @dataclass(frozen=True)
 class Guard:
-    """What a response's text may not become, watched while its tokens are drawn.
+    """A constraint on a response's text, checked while its tokens are sampled.
 
-    A token is drawn as ever and looked at; only where the text may not go on so, others follow from
-    the most probable tokens that are left. Where none is left, the chunk ends with the token first
-    drawn. Where nothing is refused, tokens are those of plain sampling. The law of a token is
-    plain sampling's if that may follow; otherwise the model's at the same temperature over those
-    that may follow. Each token is renormalised by itself, whatever it leads to, so responses are no
-    sample of the model's distribution over those that are allowed.
+    Each token is sampled as usual and then checked. If the text may not continue with it, it is
+    replaced by one of the most probable tokens that are allowed. If none is allowed, the chunk ends
+    with the token sampled first. Without a rejection, the result equals plain sampling. An allowed
+    token has the plain sampling distribution; a replacement has the model's at the same
+    temperature, restricted to allowed tokens. Each token is renormalized separately, so responses
+    are not samples of the model's distribution over allowed responses.
 
-    A language model without `guards`, such as a server, is asked for whole chunks, which are cut at
-    their first refused token (`guarding`); all that was drawn is charged. Where it does not give
-    its most probable next tokens, the place is drawn again, up to 8 times (not at temperature 0):
-    if q is the probability of what may not follow, the chunk ends there with probability q**9.
+    Language models without `guards`, such as servers, sample whole chunks, which are cut at the
+    first rejected token (`guarding`); all sampled tokens are charged. If the model has no
+    `next_tokens`, the position is resampled up to 8 times (not at temperature 0): if q is the
+    probability of a rejection, the chunk ends there with probability q**9.
 
-    With `weighted`, replacements come from the whole distribution that the sampling parameters
-    shape, and `Chunk.log_weight` undoes the renormalisation: for any function f, the mean of weight
-    x f(chunk) is the sum of p(chunk) f(chunk) over the allowed chunks, p being plain sampling's. It
-    takes a second look at each token, and a language model with `guards`.
+    With `weighted`, replacements come from the full distribution of the sampling parameters, and
+    `Chunk.log_weight` corrects for the renormalization: for any function f, the mean of weight
+    x f(chunk) is the sum of p(chunk) f(chunk) over the allowed chunks, where p is plain sampling.
+    This checks each token twice and needs a language model with `guards`.
 
     Source: Lipkin et al., "Fast Controlled Generation from Language Models with Adaptive Weighted
-    Rejection Sampling", 2025. Deviations: without weights it is locally constrained decoding with
-    lazy checks; with them, the weight of a token is (1 - what was rejected) x (1 if another token,
-    drawn without replacement, may follow too; otherwise the token's share of what was left).
+    Rejection Sampling", 2025. Deviations: without weights this is locally constrained decoding with
+    lazy checks. With them, the weight of a token is (1 - rejected mass) x (1 if another token,
+    sampled without replacement, is allowed too; otherwise the token's share of the remaining mass).
 
     Args:
         allows: `allows(states, texts, ended) -> bool[B]`: whether the response to
-            `states[i].prompt` may begin with `texts[i]`, or be it where `ended[i]`. What it
-            refuses, it refuses however the text goes on.
-        floor: The least log-probability (nats) of a token in place of a refused one.
-        candidates: How many of the most probable tokens are tried.
-        weighted: Whether chunks get weights; then `floor` and `candidates` do not count.
-        kept: What redrawing leaves of a ledger's budget, for language models without `guards`.
+            `states[i].prompt` may start with `texts[i]`, or equal it if `ended[i]`. A rejected
+            start must stay rejected for every continuation.
+        floor: Minimum log-probability (nats) of a replacement token.
+        candidates: Number of most probable tokens to try.
+        weighted: Whether to compute weights; `floor` and `candidates` are then ignored.
+        kept: Usage to reserve in the ledger's budget when resampling without `guards`.
     """
 
     allows: Callable[[Sequence[TextState], Sequence[str], Sequence[bool]], Sequence[bool]]
@@ -120,7 +120,7 @@ class Guard:
 
 @dataclass(frozen=True)
 class SampleRequest:
-    """One state's part of a call of `LanguageModel.sample`, which describes the fields."""
+    """The part of a `LanguageModel.sample` call for one state; see there for the fields."""
 
     state: TextState
     num_samples: int
@@ -133,46 +133,46 @@ class SampleRequest:
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """Token ids in, token ids out; text only for people and reward models."""
+    """Converts between prompts or responses and token ids."""
 
     @property
     def vocab_size(self) -> int:
-        """Number of token ids, which are 0 to vocab_size - 1."""
+        """Number of token ids; valid ids are 0 to vocab_size - 1."""
 
     @property
     def stop_token_ids(self) -> frozenset[int]:
-        """Ids that end a response."""
+        """Token ids that end a response."""
 
     @property
     def context_length(self) -> int:
-        """Most tokens that prompt and response may have together."""
+        """Maximum number of tokens of prompt and response together."""
 
     def encode_prompt(self, prompt: Prompt) -> tuple[int, ...]:
-        """Token ids of a prompt, chat template and generation mark included.
+        """Encode a prompt, including the chat template and generation prompt.
 
-        What a prompt says is encoded as text: only the template writes control tokens. A prompt
-        that leaves no room for a response is a `PromptTooLongError`; any other that cannot be
-        encoded, a ValueError that names it and what to change.
+        Message contents are encoded as plain text: only the template adds control tokens. Raises a
+        `PromptTooLongError` if no room for a response is left, and a ValueError that names the
+        prompt and the fix if it cannot be encoded.
         """
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of a response, special tokens left out."""
+        """Decode a response, without special tokens."""
 
 
 @dataclass(frozen=True)
 class NextTokens:
-    """The most probable next tokens of a state, best first; `logprobs` (nats) are the model's."""
+    """The most probable next tokens of a state, best first; `logprobs` (nats) are unshaped."""
 
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
 
 
 class LanguageModel(ABC):
-    """A distribution over token sequences, batched; it is its own `Tokenizer`.
+    """A batched distribution over token sequences; it is also its own `Tokenizer`.
 
-    Abstract are what it is (`name`, the tokenizer's attributes), `sample_requests`, `logprobs` and
-    `usage_bound`; `mbrl_text_env.checks.check_language_model` checks them all. In all methods
-    `ledgers` has one ledger a state (or request), which is charged for it.
+    Subclasses define `name`, the tokenizer's attributes, `sample_requests`, `logprobs` and
+    `usage_bound`; `mbrl_text_env.checks.check_language_model` tests them. In all methods, `ledgers`
+    has one ledger per state (or request), which is charged.
     """
 
     name: str
@@ -180,13 +180,13 @@ class LanguageModel(ABC):
     stop_token_ids: frozenset[int]
     context_length: int
     cache_tokens: int = 0
-    """Tokens of prefixes that can be kept between calls; 0 for none."""
+    """Number of prefix tokens that can be cached between calls; 0 without a cache."""
     guards: bool = False
-    """Whether `sample_requests` watches guards; elsewhere `guarding.sample_requests` does."""
+    """Whether `sample_requests` supports guards; otherwise use `guarding.sample_requests`."""
 
     @property
     def counts_flops(self) -> bool:
-        """Whether ledgers are charged FLOPs; if not, budgets in FLOPs are refused."""
+        """Whether FLOPs are charged; if not, budgets in FLOPs are rejected."""
         return True
 
     @abstractmethod
@@ -198,14 +198,14 @@ class LanguageModel(ABC):
         """See `Tokenizer.decode`."""
 
     def encode_text(self, text: str) -> Sequence[int]:
-        """Token ids of a text alone, without control tokens, to follow those of a response.
+        """Encode a text that follows response tokens, without control tokens.
 
         Raises:
-            NotImplementedError: The model does not give them.
+            NotImplementedError: The model cannot encode texts.
         """
         raise NotImplementedError(
             f"{type(self).__name__} does not encode texts (`encode_text`). Use TransformersLM, or "
-            "an agent that adds none."
+            "an agent that inserts no text."
         )
 
     def sample(
@@ -219,18 +219,18 @@ class LanguageModel(ABC):
         params: SamplingParams = SamplingParams(),
         ledgers: Sequence[Ledger] | None = None,
     ) -> list[list[Chunk]]:
-        """Draw `chunks[len(states)][num_samples]`, their log-probabilities included.
+        """Sample chunks with log-probabilities: `chunks[len(states)][num_samples]`.
 
         Args:
             states: States that have not ended.
-            num_samples: Chunks a state, at least 1.
-            max_new_tokens: Most tokens a chunk, at least 1. A chunk is shorter only if it ends with
-                a stop token or text, or the context is full.
-            seeds: One a state. Chunk k of a state is a function of its seed, its tokens and k
-                alone (`stream`), not of the batch around it.
-            first_sample: The first k: 4 chunks from 0 and then 4 from 4 are the 8 from 0.
-            params: Temperature, top-p, top-k, stop strings.
-            ledgers: Tokens, calls, FLOPs and time are charged there.
+            num_samples: Chunks per state, at least 1.
+            max_new_tokens: Maximum tokens per chunk, at least 1. A chunk is shorter only if it ends
+                with a stop token or string, or the context is full.
+            seeds: One seed per state. Chunk k of a state depends only on its seed, its tokens and k
+                (`stream`), not on the other rows of the batch.
+            first_sample: The first k. Sampling 4 chunks from 0 and 4 from 4 equals 8 from 0.
+            params: Temperature, top-p, top-k and stop strings.
+            ledgers: Charged for tokens, calls, FLOPs and time.
 
         Raises:
             ValueError: A count is below 1, the lengths differ, or a state has ended.
@@ -246,15 +246,15 @@ class LanguageModel(ABC):
     def sample_requests(
         self, requests: Sequence[SampleRequest], *, ledgers: Sequence[Ledger] | None = None
     ) -> list[list[Chunk]]:
-        """`sample` for requests that differ in more: `chunks[i][requests[i].num_samples]`.
+        """Sample for requests with different settings: `chunks[i][requests[i].num_samples]`.
 
-        `check_requests` refuses what cannot be sampled.
+        Invalid requests raise the errors of `check_requests`.
         """
 
     async def sample_requests_async(
         self, requests: Sequence[SampleRequest], *, ledgers: Sequence[Ledger] | None = None
     ) -> list[list[Chunk]]:
-        """`sample_requests` in a thread, by default."""
+        """Async `sample_requests`; by default it runs in a thread."""
         return await asyncio.to_thread(sample_requests, self, requests, ledgers=ledgers)
 
     @abstractmethod
@@ -270,30 +270,30 @@ class LanguageModel(ABC):
     def next_tokens(
         self, states: Sequence[TextState], k: int, *, ledgers: Sequence[Ledger] | None = None
     ) -> list[NextTokens]:
-        """The k most probable next tokens of each state.
+        """Return the k most probable next tokens of each state.
 
         Raises:
-            NotImplementedError: The model does not give them.
-            ValueError: k is below 1 or above the size of the vocabulary, or a state has ended.
+            NotImplementedError: The model does not provide them.
+            ValueError: k is below 1 or above the vocabulary size, or a state has ended.
         """
         raise NotImplementedError(
-            f"{type(self).__name__} does not give the most probable next tokens (`next_tokens`). "
-            "Use TransformersLM, or an agent that samples."
+            f"{type(self).__name__} does not provide the most probable next tokens "
+            "(`next_tokens`). Use TransformersLM, or an agent that samples."
         )
 
     @abstractmethod
     def usage_bound(self, prefix_tokens: int, new_tokens: Sequence[int]) -> Usage:
-        """The most that `sample` charges for a state of `prefix_tokens`, none of them cached.
+        """Upper bound on the usage of `sample` for a state of `prefix_tokens` uncached tokens.
 
-        `new_tokens` has the length of each chunk sampled after it.
+        `new_tokens` has the length of each chunk sampled from it.
         """
 
     def clear_cache(self) -> None:  # noqa: B027 a default, not a duty
-        """Forget all prefixes; nothing to do where none are kept."""
+        """Clear all cached prefixes; does nothing without a cache."""
 
 
 class FeatureModel(LanguageModel):
-    """A language model that also gives features of a prefix: `isinstance` tells."""
+    """A language model that also provides features of a prefix."""
 
     feature_size: int
 
@@ -301,7 +301,7 @@ class FeatureModel(LanguageModel):
     def features(
         self, states: Sequence[TextState], *, ledgers: Sequence[Ledger] | None = None
     ) -> npt.NDArray[np.float32]:
-        """float32[len(states), feature_size]."""
+        """Features of the states, float32[len(states), feature_size]."""
 
 
 def sample_requests(
@@ -310,9 +310,9 @@ def sample_requests(
     *,
     ledgers: Sequence[Ledger] | None = None,
 ) -> list[list[Chunk]]:
-    """`LanguageModel.sample_requests` of any language model, also one with a `sample` of its own.
+    """Call `sample_requests` of any language model, including one that overrides `sample`.
 
-    Of that one, requests of one kind are asked for together.
+    In the latter case, requests with the same settings are sampled together.
     """
     if _has_common_batches(language_model):
         return language_model.sample_requests(requests, ledgers=ledgers)
@@ -337,12 +337,12 @@ def sample_requests(
 
 
 def watches_guards(language_model: LanguageModel) -> bool:
-    """Whether a language model watches guards by itself, for a `sample` takes none."""
+    """Whether a language model supports guards itself; an overridden `sample` does not."""
     return getattr(language_model, "guards", False) and _has_common_batches(language_model)
 
 
 def _has_common_batches(language_model: LanguageModel) -> bool:
-    """Whether `sample_requests` is its own; a `sample` that overrides it is not gone around."""
+    """Whether to call its `sample_requests`; an overridden `sample` takes precedence."""
     for holder in (language_model, *type(language_model).__mro__):
         names = getattr(holder, "__dict__", {})
         if "sample_requests" in names or "sample" in names:
@@ -351,10 +351,10 @@ def _has_common_batches(language_model: LanguageModel) -> bool:
 
 
 def stream(seed: int, state: TextState, sample_index: int) -> np.random.Generator:
-    """The random stream of one sequence: a function of seed, tokens and sample index.
+    """Random generator of one sequence: a function of seed, tokens and sample index.
 
-    So neither the batch around a sequence nor the order of the calls changes its tokens. Asking
-    again gives the same chunk; for fresh samples of a state, pass another seed.
+    Tokens therefore depend neither on the batch nor on the order of calls. The same arguments give
+    the same chunk again; for new samples of a state, use another seed.
 
     Example:
         >>> state = TextState(Prompt.from_text("Hi"), prompt_ids=(5, 6))
@@ -369,7 +369,7 @@ def stream(seed: int, state: TextState, sample_index: int) -> np.random.Generato
 
 
 def spawn_seed(seed: int, *path: int) -> int:
-    """A new seed below 2**63 that follows from a seed and a path of integers.
+    """Derive a new seed below 2**63 from a seed and a path of integers.
 
     Example:
         >>> spawn_seed(0, 1) == spawn_seed(0, 1), spawn_seed(0, 1) == spawn_seed(0, 2)
@@ -381,7 +381,7 @@ def spawn_seed(seed: int, *path: int) -> int:
 
 
 def has_stop_text(tokenizer: Tokenizer, token_ids: Sequence[int], params: SamplingParams) -> bool:
-    """Whether the text of a chunk's tokens contains one of `params.stop`."""
+    """Whether the chunk's text contains one of `params.stop`."""
     if not params.stop:
         return False
     text = tokenizer.decode(token_ids)
@@ -389,12 +389,12 @@ def has_stop_text(tokenizer: Tokenizer, token_ids: Sequence[int], params: Sampli
 
 
 def prefix_of(state: TextState) -> tuple[int, ...]:
-    """All tokens of a state."""
+    """All tokens of a state: prompt and response."""
     return state.prompt_ids + state.response_ids
 
 
 def room_after(state: TextState, context_length: int) -> int:
-    """Tokens that a model's context has left after a state, or a `PromptTooLongError`."""
+    """Tokens left in a model's context after a state; a `PromptTooLongError` if none are."""
     length = len(prefix_of(state))
     if length >= context_length:
         raise PromptTooLongError(
@@ -405,7 +405,7 @@ def room_after(state: TextState, context_length: int) -> int:
 
 
 def check_room(prompt: Prompt, length: int, context_length: int) -> None:
-    """Raise a PromptTooLongError where a prompt of `length` tokens leaves no room to respond."""
+    """Raise a PromptTooLongError if a prompt of `length` tokens leaves no room for a response."""
     if length >= context_length:
         raise PromptTooLongError(
             f"Prompt {prompt.id!r} has {length} tokens, but the model's context holds "
@@ -417,7 +417,7 @@ def check_room(prompt: Prompt, length: int, context_length: int) -> None:
 def finish_reason(
     tokenizer: Tokenizer, state: TextState, token_ids: Sequence[int]
 ) -> FinishReason | None:
-    """Why a chunk ends the response to a state; None where the response goes on."""
+    """Why a chunk ends the response to a state; None if the response continues."""
     if token_ids[-1] in tokenizer.stop_token_ids:
         return "stop"
     is_full = len(prefix_of(state)) + len(token_ids) >= tokenizer.context_length
@@ -425,7 +425,7 @@ def finish_reason(
 
 
 def charge(ledgers: Sequence[Ledger] | None, usages: Iterable[Usage]) -> None:
-    """Charge each ledger its usage, where there are ledgers."""
+    """Charge each ledger its usage, if there are ledgers."""
     for usage, ledger in zip(usages, ledgers or (), strict=ledgers is not None):
         ledger.charge(usage)
 
@@ -433,14 +433,14 @@ def charge(ledgers: Sequence[Ledger] | None, usages: Iterable[Usage]) -> None:
 def pass_usage(
     prefix: int, computed: int, new_tokens: Sequence[int], num_parameters: int, width: int
 ) -> Usage:
-    """One call of a transformer: 2 x parameters for each token that went through, plus attention.
+    """Usage of a transformer call: 2 x parameters for each processed token, plus attention.
 
-    Of the `prefix` tokens of a state some were `computed`, or more than there are where some were
-    repeated; `width` is that of the heads of all layers together.
+    `computed` of the `prefix` tokens are processed; it exceeds `prefix` if some are repeated.
+    `width` is the total width of the heads of all layers.
     """
     new = sum(new_tokens)
-    # Scores and weighted values: 2 x 2 x context x width for each layer and token. The prefix's
-    # last tokens are the ones that are computed; a token attends to those before it.
+    # Scores and weighted values: 2 x 2 x context x width per layer and token. Computed prefix
+    # tokens are the last ones; a token attends to those before it.
     attended = computed * prefix / 2
     if computed <= prefix:
         attended = (prefix**2 - (prefix - computed) ** 2) / 2
@@ -455,12 +455,12 @@ def pass_usage(
 
 
 def check_requests(requests: Sequence[SampleRequest], guards: bool = False) -> None:
-    """Refuse requests that cannot be answered, also those with a guard where there are none."""
+    """Raise an error for invalid requests, including those with a guard unless `guards`."""
     for r in requests:
         if r.guard is not None and not guards:
             raise ValueError(
-                "guard: expected a language model with `guards`, such as `TransformersLM`. Call "
-                "`language_models.guarding.sample_requests` for one without."
+                "guard: expected a language model with `guards`, such as `TransformersLM`. For "
+                "others, call `language_models.guarding.sample_requests`."
             )
         check_sample_arguments([r.state], r.num_samples, r.max_new_tokens, [r.seed])
 
@@ -471,29 +471,29 @@ def check_sample_arguments(
     """Raise the ValueErrors of `LanguageModel.sample`."""
     check_positive(num_samples=num_samples, max_new_tokens=max_new_tokens)
     if len(seeds) != len(states):
-        raise ValueError(f"Expected one seed a state ({len(states)}), got {len(seeds)}.")
+        raise ValueError(f"Expected one seed per state ({len(states)}), got {len(seeds)}.")
     check_unfinished(states)
 
 
 def check_judging_arguments(states: Sequence[TextState], chunks: Sequence[Chunk]) -> None:
-    """Raise a ValueError where `LanguageModel.logprobs` gets ended states, or too few chunks."""
+    """Raise a ValueError for `logprobs` calls with ended states or the wrong number of chunks."""
     check_unfinished(states)
     if len(chunks) != len(states):
-        raise ValueError(f"Expected one chunk a state ({len(states)}), got {len(chunks)}.")
+        raise ValueError(f"Expected one chunk per state ({len(states)}), got {len(chunks)}.")
 
 
 def check_next_tokens(states: Sequence[TextState], k: int, most: int) -> None:
-    """Raise the ValueErrors of `LanguageModel.next_tokens`, which gives at most so many."""
+    """Raise the ValueErrors of `LanguageModel.next_tokens`, with at most `most` tokens."""
     check_unfinished(states)
     if not 1 <= k <= most:
         raise ValueError(f"k: expected a number from 1 to {most}, got {k}.")
 
 
 def check_unfinished(states: Sequence[TextState]) -> None:
-    """Raise a ValueError where the response to a state has ended."""
+    """Raise a ValueError if the response to a state has ended."""
     for state in states:
         if state.finish_reason is not None:
             raise ValueError(
                 f"The response to prompt {state.prompt.id!r} has ended ({state.finish_reason!r}); "
-                "a language model cannot continue it. Leave ended states out of the batch."
+                "a language model cannot continue it. Remove ended states from the batch."
             )

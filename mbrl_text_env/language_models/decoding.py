@@ -1,4 +1,4 @@
-"""The decoding loop: many requests side by side in one batch that is kept full, and guards."""
+"""The decoding loop: continuous batching of many requests, and guards."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from mbrl_text_env.language_models.engine import Batch, Tokens, draw, probabilit
 from mbrl_text_env.language_models.guarding import GrowingText, replacements, weighted_token
 from mbrl_text_env.types import TextState
 
-# Rows are added when this share of the batch is free: every addition is a pass over few tokens.
+# Add rows when this fraction of the batch is free, because each addition is a short prefill.
 _REFILL_SHARE = 1 / 8
 
 
 @dataclass
 class Sampled:
-    """A chunk of a request (by index) that is being sampled, or waits to be."""
+    """A chunk of a request (by index) that is being sampled, or queued."""
 
     request: int
     state: TextState
@@ -44,7 +44,7 @@ class Sampled:
 
     @property
     def sequence(self) -> Tokens:
-        """All tokens: prompt, response and the chunk so far."""
+        """All tokens: prompt, response and current chunk."""
         return prefix_of(self.state) + tuple(self.tokens)
 
     def written(self, tokenizer: Tokenizer) -> GrowingText:
@@ -55,7 +55,7 @@ class Sampled:
         return self.text
 
     def is_done(self, tokenizer: Tokenizer) -> bool:
-        """Whether the chunk has all of its tokens."""
+        """Whether the chunk is complete."""
         if (
             self.is_dead
             or len(self.tokens) == self.limit
@@ -66,7 +66,7 @@ class Sampled:
 
 
 def waiting(requests: Sequence[SampleRequest], limits: Sequence[int]) -> list[Sampled]:
-    """The chunks of all requests, longest prefix first, those of one state together."""
+    """Queue the chunks of all requests, longest prefix first, grouped by state."""
     prefixes = [prefix_of(r.state) for r in requests]
     order = sorted(range(len(requests)), key=lambda i: (-len(prefixes[i]), prefixes[i], i))
     return [
@@ -79,7 +79,7 @@ def waiting(requests: Sequence[SampleRequest], limits: Sequence[int]) -> list[Sa
 
 
 def whole_requests(queue: Sequence[Sampled], size: int) -> Iterator[list[Sampled]]:
-    """Batches in which each request is as little divided as possible."""
+    """Split the queue into batches that keep the chunks of a request together where possible."""
     part: list[Sampled] = []
     groups: dict[int, list[Sampled]] = {}
     for chunk in queue:
@@ -98,14 +98,14 @@ def whole_requests(queue: Sequence[Sampled], size: int) -> Iterator[list[Sampled
 def fill_in(
     queue: Sequence[Sampled], batch: Batch, size: int, tokenizer: Tokenizer, computed: list[int]
 ) -> None:
-    """Sample every chunk of the queue, as `waiting` gives it, to its end.
+    """Sample every chunk of the queue (from `waiting`) to its end.
 
-    The batch is empty and takes `size` rows. To `computed` are added, for each request, the prefix
-    tokens that went through the network.
+    The batch is empty and takes `size` rows. The number of prefix tokens processed for each request
+    is added to `computed`.
     """
     pending = list(queue)
     active: list[Sampled] = []
-    # Taken once: fresh memory for every step's logits costs more than the passes over them.
+    # Allocated once: new memory for every step's logits costs more than computing with them.
     buffers: tuple[Tensor, Tensor] | None = None
     while pending or active:
         free = size - len(active)
@@ -117,7 +117,7 @@ def fill_in(
             buffers = logits.new_empty(whole), logits.new_empty(whole)
         _draw(active, logits, buffers[1][: len(active)])
         _redraw_refused(active, logits, tokenizer)
-        # From the last row on: a row that leaves is replaced by the last one.
+        # Backwards, because a dropped row is replaced by the last one.
         for row in reversed(range(len(active))):
             if not active[row].is_done(tokenizer):
                 continue
@@ -161,7 +161,7 @@ def _draw(active: Sequence[Sampled], logits: Tensor, scratch: Tensor) -> None:
 
 
 def _redraw_refused(active: Sequence[Sampled], logits: Tensor, tokenizer: Tokenizer) -> None:
-    """Replace the last tokens that a guard refuses; see `Guard`."""
+    """Replace last tokens that a guard rejects; see `Guard`."""
     guards: dict[int, list[int]] = {}
     for row, chunk in enumerate(active):
         if chunk.guard is not None:
@@ -199,7 +199,7 @@ def _redraw_of_one(
     logits: Tensor,
     tokenizer: Tokenizer,
 ) -> None:
-    """The rows of one guard: all that are not settled are asked for together."""
+    """Replace the tokens of one guard's rows, checking all open rows together."""
     left: dict[int, tuple[dict[int, float], Iterator[int]]] = {}
     asked = {row: active[row].tokens[-1] for row in rows}
     while asked:

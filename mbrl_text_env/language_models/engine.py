@@ -1,4 +1,4 @@
-"""The engine: prefixes that are kept, batches of sequences over them, and tokens from logits."""
+"""The inference engine: prefix cache, batches of sequences, and sampling from logits."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from mbrl_text_env.language_models.networks import KVBatch, KVWindow, Network, O
 
 Tokens = tuple[int, ...]
 
-# A forward pass over prefixes has at most this many tokens, padding included, so that what it makes
-# stays in the processor's caches; larger ones were up to a third slower.
+# Maximum tokens of a forward pass over prefixes, padding included. Activations then fit into the
+# processor's caches; larger passes were up to a third slower.
 _PASS_TOKENS = 512
-# What several prefixes share is computed once if it has at least this many tokens.
+# A shared prefix is computed once if it has at least this many tokens.
 _LEAST_STEM = 8
-# The cumulative sums run over blocks of this many tokens first, and then within one block.
+# Cumulative sums are computed over blocks of this many tokens, then within one block.
 _BLOCK = 128
-# A nucleus larger than this is looked for by sorting the whole vocabulary.
+# A nucleus larger than this is found by sorting the whole vocabulary.
 _MOST_IN_NUCLEUS = 512
 
 
 @dataclass(eq=False)
 class _Node:
-    """An edge of the tree with the tokens on it; it is one of the `siblings` below a branching."""
+    """An edge of the tree with its tokens; one of the `siblings` below a branch."""
 
     tokens: Tokens
     payload: Span
@@ -41,7 +41,7 @@ class _Node:
 
 @dataclass(frozen=True)
 class CacheStats:
-    """Prefix tokens that a cache found, those that it did not, and those dropped for room."""
+    """Prefix tokens that were hits or misses, and tokens evicted for space."""
 
     hit_tokens: int = 0
     missed_tokens: int = 0
@@ -49,14 +49,14 @@ class CacheStats:
 
 
 class PrefixCache:
-    """A radix tree from token ids to keys and values, at most `max_bytes`, least recent out first.
+    """A radix tree from token ids to keys and values, with LRU eviction above `max_bytes`.
 
-    An edge holds the tokens between two branchings, with one payload for all of them: planners
-    need no handles, as whatever a sequence has in common with one seen before is found by its ids.
+    An edge holds the tokens between two branches, with one payload for all of them. Prefixes are
+    found by their token ids, so planners need no handles.
 
     Source: Zheng et al., "SGLang: Efficient Execution of Structured Language Model Programs"
-    (2024), RadixAttention. Deviation: payloads are copied into the batch that uses them, so
-    nothing in use has to be pinned.
+    (2024), RadixAttention. Deviation: payloads are copied into the batch that uses them, so entries
+    in use need not be pinned.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -64,21 +64,21 @@ class PrefixCache:
         self.nbytes = 0
         self.stats = CacheStats()
         self._children: dict[int, _Node] = {}
-        # A node is moved to the end after all nodes below it, so the first one is always a leaf.
+        # A node is moved to the end after its descendants, so the first one is always a leaf.
         self._recency: OrderedDict[_Node, None] = OrderedDict()
 
     def clear(self) -> None:
-        """Forget everything; the statistics are kept."""
+        """Remove all entries; the statistics are kept."""
         self._children.clear()
         self._recency.clear()
         self.nbytes = 0
 
     def known(self, tokens: Tokens) -> int:
-        """How many of the first tokens are kept; asking is no use of them."""
+        """Number of leading tokens in the cache; does not count as a use."""
         return self._walk(tokens)[1]
 
     def match(self, tokens: Tokens) -> list[Span]:
-        """Payloads of the longest prefix of `tokens` that is kept, in order."""
+        """Payloads of the longest cached prefix of `tokens`, in order."""
         path, found = self._walk(tokens)
         payloads = [node.payload for node in path]
         if beyond := sum(map(len, payloads)) - found:
@@ -88,10 +88,10 @@ class PrefixCache:
         return payloads
 
     def insert(self, tokens: Tokens, payload: Span) -> None:
-        """Keep the payload of the last `len(payload)` tokens; what is kept already stays as it is.
+        """Store the payload of the last `len(payload)` tokens; existing entries are unchanged.
 
-        Where the tokens before it are not kept (any more), it cannot be reached and is dropped; so
-        is one larger than the bound.
+        The payload is dropped if the tokens before it are not cached, because it could not be
+        reached, or if it exceeds the maximum size.
         """
         first = len(tokens) - len(payload)
         path, found = self._walk(tokens)
@@ -106,7 +106,7 @@ class PrefixCache:
         self.shrink(self.max_bytes)
 
     def shrink(self, max_bytes: int) -> None:
-        """Drop what was used longest ago until at most `max_bytes` are kept."""
+        """Evict the least recently used entries until at most `max_bytes` remain."""
         evicted = 0
         while self.nbytes > max_bytes and self._recency:
             node, _ = self._recency.popitem(last=False)
@@ -116,7 +116,7 @@ class PrefixCache:
         self._count(evicted=evicted)
 
     def _walk(self, tokens: Tokens) -> tuple[list[_Node], int]:
-        """Nodes along `tokens`, and how many tokens they match; the last one maybe in part."""
+        """Nodes along `tokens`, and number of matched tokens; the last node may match partly."""
         path: list[_Node] = []
         found, children = 0, self._children
         while found < len(tokens) and (node := children.get(tokens[found])) is not None:
@@ -135,7 +135,7 @@ class PrefixCache:
         return node
 
     def _split(self, node: _Node, at: int) -> _Node:
-        """Cut a node in two; returns the upper one, to which the lower one now belongs."""
+        """Split a node in two and return the upper one, which is the lower one's parent."""
         self.nbytes -= node.payload.nbytes
         upper = self._attach(node.siblings, node.tokens[:at], node.payload.part(0, at))
         node.payload = node.payload.part(at, len(node.tokens))
@@ -156,7 +156,7 @@ class PrefixCache:
 
 
 def common_length(part: Sequence[int], tokens: Sequence[int], start: int = 0) -> int:
-    """How many tokens `part` has in common with `tokens` from `start` on."""
+    """Number of tokens that `part` shares with `tokens` from `start` on."""
     most = min(len(part), len(tokens) - start)
     if tuple(part[:most]) == tuple(tokens[start : start + most]):
         return most
@@ -164,12 +164,12 @@ def common_length(part: Sequence[int], tokens: Sequence[int], start: int = 0) ->
 
 
 class CachedBatch:
-    """Rows over preallocated keys and values, with a prefix cache behind them.
+    """A batch of rows over preallocated keys and values, with a prefix cache.
 
-    The columns of `kv`, which has no rows yet, hold the longest sequence to be added.
+    `kv` has no rows yet, and enough columns for the longest sequence to be added.
     """
 
-    refills = True  # Rows can be added while others are under way.
+    refills = True  # Rows can be added while others are running.
 
     def __init__(self, network: Network, cache: PrefixCache, kv: KVBatch) -> None:
         self.kv = kv
@@ -179,11 +179,11 @@ class CachedBatch:
     def add(
         self, sequences: Sequence[Tokens], copies: Sequence[int], hold: bool = False
     ) -> tuple[list[int], list[int]]:
-        """Add rows: `copies[i]` of `sequences[i]`, whose prefixes are computed once each.
+        """Add `copies[i]` rows of `sequences[i]`; each prefix is computed once.
 
-        Returns the sequence of each new row, and the tokens of each sequence that were computed.
-        No sequence is longer than those added before. With `hold`, the last one is the first of
-        the next call, and is not computed again.
+        Returns the sequence index of each new row, and the number of computed tokens per sequence.
+        Sequences must not be longer than those added before. With `hold`, the last row is the first
+        of the next call and is not computed again.
         """
         stems = self._compute_stems(sequences)
         if self.kv.size:
@@ -201,7 +201,7 @@ class CachedBatch:
         return rows, [a + b for a, b in zip(stems, missing, strict=True)]
 
     def append(self, tokens: Sequence[int]) -> None:
-        """Append a token to every row."""
+        """Append one token to each row."""
         kv = self.kv
         if kv.columns == kv.capacity:
             kv.shift()
@@ -212,25 +212,25 @@ class CachedBatch:
         window.write_hidden(self._network.forward(ids, positions, window))
 
     def drop(self, row: int) -> None:
-        """Remove a row; the last one takes its place."""
+        """Remove a row; the last row takes its place."""
         self.kv.drop(row)
 
     def keep(self, row: int, sequence: Tokens) -> None:
-        """Remember the row for later prefixes: all of its sequence that has been computed."""
+        """Store the computed part of the row's sequence in the cache."""
         known = int(self.kv.lengths()[row])
         self._remember(row, sequence[:known], known)
 
     def logits(self, out: Tensor | None = None) -> Tensor:
-        """float32[rows, V] for the next token of every row; `out` may be used for them."""
+        """Next-token logits of every row, float32[rows, V]; `out` is optional memory for them."""
         return self._network.logits(self.kv.hidden[: self.kv.size, self.kv.columns - 1], out)
 
     def hidden(self, row: int, first: int, last: int) -> Tensor:
-        """[last - first, hidden_size] of a row's tokens, counted from its start."""
+        """Hidden states of a row's tokens from `first` to `last`, [last - first, hidden_size]."""
         start = int(self.kv.starts[row])
         return self.kv.hidden[row, start + first : start + last]
 
     def _remember(self, row: int, sequence: Tokens, at_most: int) -> None:
-        """Keep what the cache does not have of the row's last `at_most` tokens."""
+        """Cache the uncached part of the row's last `at_most` tokens."""
         if self._cache.max_bytes <= 0 or at_most <= 0:
             return
         first = max(self._cache.known(sequence), len(sequence) - at_most)
@@ -238,13 +238,13 @@ class CachedBatch:
             self._cache.insert(sequence, self.kv.read(row, first, len(sequence)))
 
     def _fill(self, sequences: Sequence[Tokens]) -> tuple[list[int], list[int]]:
-        """A row for each sequence: their order, and the tokens of each that were computed."""
+        """Add a row per sequence; return their order, and the computed tokens of each."""
         first = self.kv.size
         held = self._held
         known = [[held[s]] if s in held else self._cache.match(s) for s in sequences]
         pairs = zip(sequences, known, strict=True)
         missing = [len(sequence) - sum(map(len, spans)) for sequence, spans in pairs]
-        # Rows of similar work lie next to each other, so that a pass over them has little padding.
+        # Rows with similar work are adjacent, so that passes have little padding.
         order = sorted(range(len(sequences)), key=lambda i: -missing[i])
         for i in order:
             self.kv.add(len(sequences[i]), known[i])
@@ -256,7 +256,7 @@ class CachedBatch:
         return order, missing
 
     def _compute(self, rows: slice, chosen: Sequence[tuple[Tokens, int]]) -> None:
-        """Forward passes over the last tokens of some rows: (sequence, number of tokens)."""
+        """Run forward passes over the last tokens of some rows: (sequence, number of tokens)."""
         kv = self.kv
         ids, valid = _padded([sequence[len(sequence) - missing :] for sequence, missing in chosen])
         width, everywhere = ids.shape[1], bool(valid.all())
@@ -273,9 +273,9 @@ class CachedBatch:
             window.write_hidden(self._network.forward(ids[:, part], positions[:, part], window))
 
     def _compute_stems(self, sequences: Sequence[Tokens]) -> list[int]:
-        """Compute once, into the cache, what several of the sequences begin with.
+        """Compute prefixes that several sequences share once, into the cache.
 
-        Returns the tokens computed, each counted for the first sequence that needed them.
+        Returns the computed tokens, counted for the first sequence that needed them.
         """
         computed = [0] * len(sequences)
         while self._cache.max_bytes > 0 and (stems := self._stems(sequences)):
@@ -286,11 +286,11 @@ class CachedBatch:
             for count, owner in zip(counts, stems.values(), strict=True):
                 computed[owner] += count
             if all(self._cache.known(stem) < len(stem) for stem in stems):
-                break  # The cache is too small to keep them.
+                break  # The cache is too small for them.
         return computed
 
     def _stems(self, sequences: Sequence[Tokens]) -> dict[Tokens, int]:
-        """What groups of sequences share beyond what is known: stem and its first sequence."""
+        """Uncached prefixes shared by groups of sequences: the prefix and its first sequence."""
         groups: dict[Tokens, list[int]] = {}
         for i, sequence in enumerate(sequences):
             known = self._cache.known(sequence)
@@ -305,10 +305,10 @@ class CachedBatch:
 
 
 class OwnBatch:
-    """`CachedBatch` by a model's own passes: in `steps`, from what transformers keeps of a row.
+    """`CachedBatch` with a model's own forward passes and, with `steps`, its transformers cache.
 
-    Without steps there is one row, computed anew for each token: right for every model that can be
-    asked at all.
+    Without `steps`, there is one row, which is recomputed for each token. This works for every
+    model.
     """
 
     refills = False
@@ -320,7 +320,7 @@ class OwnBatch:
     def add(
         self, sequences: Sequence[Tokens], copies: Sequence[int], hold: bool = False
     ) -> tuple[list[int], list[int]]:
-        """Add rows to the batch, which is empty before."""
+        """Add rows to an empty batch."""
         inputs = _padded_inputs(sequences, self._device)
         self._sequences = sequences
         self._cache: Any = DynamicCache(config=self._config) if self._steps else None
@@ -333,7 +333,7 @@ class OwnBatch:
         return rows, [len(sequence) for sequence in sequences]
 
     def append(self, tokens: Sequence[int]) -> None:
-        """Append a token to every row."""
+        """Append one token to each row."""
         if not self._steps:
             self.add([(*self._sequences[0], *tokens)], [1])
             return
@@ -346,7 +346,7 @@ class OwnBatch:
         self._hidden = self._own.hidden(self._cache, **inputs)[:, -1]
 
     def drop(self, row: int) -> None:
-        """Remove a row; the last one takes its place."""
+        """Remove a row; the last row takes its place."""
         rows = list(range(len(self._positions)))
         last = rows.pop()
         if row != last:
@@ -355,16 +355,16 @@ class OwnBatch:
             self._select(rows)
 
     def keep(self, row: int, sequence: Tokens) -> None:
-        """Nothing is kept."""
+        """Do nothing: there is no cache."""
 
     def logits(self, out: Tensor | None = None) -> Tensor:
-        """float32[rows, V] for the next token of every row."""
+        """Next-token logits of every row, float32[rows, V]."""
         return self._own.logits(self._hidden)
 
     def _select(self, rows: Sequence[int]) -> None:
         index = torch.tensor(rows, dtype=torch.long, device=self._device)
-        # The beam search's reordering: unlike the cache's other methods on the batch, every kind of
-        # layer has it, those of hybrid models too.
+        # The reordering for beam search: unlike other batch methods of the cache, all kinds of
+        # layers have it, including those of hybrid models.
         self._cache.reorder_cache(index)
         self._positions, self._hidden = self._positions[index], self._hidden[index]
         if self._mask is not None:
@@ -375,13 +375,13 @@ Batch = CachedBatch | OwnBatch
 
 
 def plain_hidden(own: OwnPasses, sequences: Sequence[Tokens], device: torch.device) -> list[Tensor]:
-    """Hidden states [tokens, hidden_size] of each sequence, in one pass without any cache."""
+    """Hidden states [tokens, hidden_size] of each sequence, in one pass without a cache."""
     hidden = own.hidden(None, **_padded_inputs(sequences, device))
     return [row[len(row) - len(s) :] for row, s in zip(hidden, sequences, strict=True)]
 
 
 def _padded_inputs(sequences: Sequence[Tokens], device: torch.device) -> dict[str, Tensor]:
-    """Sequences padded on the left, with mask and positions where there is padding."""
+    """Left-pad sequences; mask and positions are included if there is padding."""
     ids, mask = _padded(sequences)
     inputs = {"input_ids": ids}
     if not mask.all():
@@ -391,7 +391,7 @@ def _padded_inputs(sequences: Sequence[Tokens], device: torch.device) -> dict[st
 
 
 def _padded(sequences: Sequence[Tokens]) -> tuple[Tensor, Tensor]:
-    """Ids int64[rows, width] of sequences padded on the left, and bool[rows, width] where."""
+    """Left-padded ids int64[rows, width], and their mask bool[rows, width]."""
     width = max(map(len, sequences))
     ids = torch.zeros(len(sequences), width, dtype=torch.long)
     mask = torch.zeros(len(sequences), width, dtype=torch.bool)
@@ -402,7 +402,7 @@ def _padded(sequences: Sequence[Tokens]) -> tuple[Tensor, Tensor]:
 
 
 def _passes(missing: Sequence[int]) -> Iterator[range]:
-    """Ranges of rows for one pass each; `missing` falls from row to row, zeros are left out."""
+    """Ranges of rows, one per pass; `missing` decreases over the rows, zeros are skipped."""
     start = 0
     while start < len(missing) and missing[start]:
         width = missing[start]
@@ -417,12 +417,12 @@ def _passes(missing: Sequence[int]) -> Iterator[range]:
 def draw(
     logits: Tensor, uniforms: Tensor, params: SamplingParams, scratch: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Tokens int64[B] of logits float32[B, V], and their unshaped log-probabilities float32[B].
+    """Sample tokens int64[B] from logits float32[B, V], with unshaped log-probabilities float32[B].
 
-    They are the inverse of the cumulative distribution at `uniforms`, float64[B] in [0, 1).
-    `torch.multinomial` takes several passes over the vocabulary and draws from a generator that
-    all sequences share; this takes one for the exponentials and one for sums of blocks. It works
-    in `scratch`, float32[B, V], if that is given.
+    Tokens are the inverse of the cumulative distribution at `uniforms`, float64[B] in [0, 1).
+    `torch.multinomial` makes several passes over the vocabulary, with one generator for all
+    sequences. This makes one pass for the exponentials and one for block sums. `scratch`,
+    float32[B, V], is optional working memory.
     """
     largest = logits.amax(-1, keepdim=True)
     weights = torch.sub(logits, largest, out=scratch).exp_()
@@ -431,7 +431,7 @@ def draw(
         tokens = logits.argmax(-1)
     else:
         if not params.is_plain:
-            # Relative to the largest, so that no quotient by a small temperature overflows.
+            # Relative to the maximum, to avoid overflow at low temperatures.
             scaled = torch.sub(logits, largest, out=weights)
             scaled /= max(params.temperature, torch.finfo(scaled.dtype).tiny)
             weights = _shaped(scaled, params).exp_()
@@ -441,7 +441,7 @@ def draw(
 
 
 def probabilities(logits: Tensor, params: SamplingParams) -> npt.NDArray[np.float64]:
-    """What `draw` draws from, float64[V], for one row of logits, float32[V]."""
+    """The distribution that `draw` samples from, float64[V], for logits float32[V]."""
     scaled = (logits - logits.max())[None]
     if params.temperature == 0:
         shaped = torch.full_like(scaled, -torch.inf)
@@ -453,7 +453,7 @@ def probabilities(logits: Tensor, params: SamplingParams) -> npt.NDArray[np.floa
 
 
 def _shaped(scaled: Tensor, params: SamplingParams) -> Tensor:
-    """Logits with those that top-k and top-p drop at minus infinity."""
+    """Logits with minus infinity for tokens that top-k and top-p remove."""
     size = scaled.shape[-1]
     if params.top_k and params.top_k < size:
         least = scaled.topk(params.top_k).values[:, -1:]
@@ -465,7 +465,7 @@ def _shaped(scaled: Tensor, params: SamplingParams) -> Tensor:
     if bool((found.values.exp().sum(-1, keepdim=True) < params.top_p * total).any()):
         found = scaled.topk(size)
     probabilities = found.values.exp() / total
-    # A token stays if the ones before it have not reached top_p; the first always does.
+    # A token is kept if those before it do not reach top_p, so the first always is.
     kept = probabilities.cumsum(-1) - probabilities < params.top_p
     kept[:, 0] = True
     values = found.values.masked_fill(~kept, -torch.inf)
@@ -473,13 +473,13 @@ def _shaped(scaled: Tensor, params: SamplingParams) -> Tensor:
 
 
 def _inverse(weights: Tensor, uniforms: Tensor) -> Tensor:
-    """The first token of each row at which the cumulative weight exceeds the row's share."""
+    """First token of each row at which the cumulative weight exceeds the target share."""
     rows, size = weights.shape
     padding = -size % _BLOCK
     if padding:
         weights = torch.nn.functional.pad(weights, (0, padding))
     blocks = weights.view(rows, -1, _BLOCK)
-    # Doubles from here on: the rounding of 50,000 sums would show in the samples.
+    # Double precision: rounding errors of 50,000 sums would bias the samples.
     ends = blocks.sum(-1).cumsum(-1, dtype=torch.float64)
     targets = uniforms[:, None] * ends[:, -1:]
     block = _first_above(ends, targets)
@@ -487,8 +487,8 @@ def _inverse(weights: Tensor, uniforms: Tensor) -> Tensor:
     start = torch.where(block > 0, ends.gather(-1, (block - 1).clamp(min=0)), 0.0)
     inside = blocks[torch.arange(rows, device=blocks.device), block[:, 0]]
     inside = inside.cumsum(-1, dtype=torch.float64)
-    # The block's sum in single precision differs from the sum of its doubles: as a share of the
-    # block the number falls on a token of positive weight for certain.
+    # Single and double precision sums of a block differ. Taking the target as a share of the block
+    # guarantees a token of positive weight.
     share = ((targets - start) / (end - start)).clamp(0.0, 1.0 - 1e-12)
     return (block * _BLOCK + _first_above(inside, share * inside[:, -1:])).squeeze(-1)
 
@@ -499,13 +499,13 @@ def _first_above(cumulative: Tensor, targets: Tensor) -> Tensor:
 
 
 def top_tokens(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k most probable tokens int64[B, k], the best first, and their log-probabilities."""
+    """The k most probable tokens int64[B, k], best first, and their log-probabilities."""
     found = logits.topk(k)
     return found.indices, found.values - logits.logsumexp(-1, keepdim=True)
 
 
 def chosen_logprobs(logits: Tensor, tokens: Sequence[int]) -> list[float]:
-    """Log-probabilities of one token a row; rows that follow the last are left out."""
+    """Log-probabilities of one token per row, for the first `len(tokens)` rows."""
     ids = torch.tensor(tokens, dtype=torch.long, device=logits.device)
     logits = logits[: len(tokens)]
     chosen: list[float] = (

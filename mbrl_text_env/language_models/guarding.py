@@ -1,7 +1,7 @@
-"""What watching a guard takes, and guards for models that watch none themselves, such as servers.
+"""Check guards, and apply them to language models that do not support guards, such as servers.
 
-A chunk is drawn as ever and cut at its first refused token; another token comes there, and the
-chunk goes on from it. What is thrown away has been paid for. `Guard` states the law of the tokens.
+A chunk is sampled as usual and cut at its first rejected token. That token is replaced, and the
+chunk continues. Discarded tokens are charged. `Guard` defines the token distribution.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from mbrl_text_env.language_models.base import (
 )
 from mbrl_text_env.types import Chunk, Ledger, TextState, Usage
 
-# How often a place is drawn again where the most probable tokens are not known.
+# Maximum number of resamplings of a position without `next_tokens`.
 REDRAWS = 8
-# Tokens that are drawn after a cut, twice as many after each piece of which nothing is refused:
-# what comes after a refused token is thrown away.
+# Tokens to sample after a cut, doubled after each piece without a rejection, because tokens after a
+# rejected one are discarded.
 _PIECE = 8
 
 _Rows: TypeAlias = list[list[Chunk]]
@@ -42,10 +42,10 @@ def replacements(
     params: SamplingParams,
     generator: np.random.Generator,
 ) -> Iterator[int]:
-    """Tokens in place of a refused one, drawn without replacement; see `Guard`.
+    """Order the replacements of a rejected token, sampled without replacement; see `Guard`.
 
-    They are drawn from the model's most probable ones, whose own `logprobs` are given, without the
-    refused one; the temperature shapes them.
+    They come from the model's most probable tokens without the rejected one, with unshaped
+    `logprobs`; the temperature applies.
     """
     left = [token for token, log in logprobs.items() if log >= guard.floor]
     while left:
@@ -63,9 +63,9 @@ def weighted_token(
     may_follow: Callable[[int], bool],
     generator: np.random.Generator,
 ) -> tuple[int | None, float]:
-    """A token that may follow and the logarithm of its weight; (None, -inf) where none may.
+    """Return an allowed token and its log-weight; (None, -inf) if no token is allowed.
 
-    `first` was drawn from `probabilities`, float64[V]. See `Guard` for the law.
+    `first` was sampled from `probabilities`, float64[V]. See `Guard` for the distribution.
     """
     left = probabilities / probabilities.sum()
 
@@ -82,7 +82,7 @@ def weighted_token(
         token = drawn()
     if token is None:
         return None, -np.inf
-    # Where nothing was refused, no rounding is either.
+    # Without a rejection, avoid rounding errors.
     mass, own = 1.0 if token == first else left.sum(), left[token]
     left[token] = 0.0
     other = drawn()
@@ -91,12 +91,12 @@ def weighted_token(
 
 
 class GrowingText:
-    """The text of tokens that come one by one, decoded from the last few of them.
+    """Incremental detokenization: the text of tokens that arrive one by one.
 
-    A character of which bytes are missing at the end is left out until it is complete, or a fourth
-    token shows that it never will be.
+    An incomplete character at the end is omitted until it is complete, or until a fourth token
+    shows that it never will be.
 
-    Source: vLLM's incremental detokenization, which decodes as far back as what it has read last.
+    Source: vLLM's incremental detokenization, which decodes as far back as it last read.
     """
 
     def __init__(self, tokenizer: Tokenizer, token_ids: Sequence[int]) -> None:
@@ -107,14 +107,14 @@ class GrowingText:
             self.append(token)
 
     def with_token(self, token: int) -> str:
-        """The text if `token` comes next."""
+        """The text with `token` appended."""
         new = self._new(token)
-        # A character has at most four bytes: what is not complete by then never will be.
+        # A character has at most four bytes, so it can no longer become complete.
         is_overdue = len(self._recent) - self._read >= 3
         return self._text + (new if is_overdue else new.rstrip("\ufffd"))
 
     def append(self, token: int) -> None:
-        """Go on with a token."""
+        """Append a token."""
         new = self._new(token)
         self._recent.append(token)
         if new and not new.endswith("\ufffd"):
@@ -133,7 +133,7 @@ def sample_requests(
     *,
     ledgers: Sequence[Ledger] | None = None,
 ) -> _Rows:
-    """`LanguageModel.sample_requests` of any language model, with or without guards of its own.
+    """Call `LanguageModel.sample_requests`, with guards for any language model.
 
     Example:
         >>> request = SampleRequest(state, 4, 64, seed=0, guard=guard)  # doctest: +SKIP
@@ -148,7 +148,7 @@ def sample_requests(
     async def call(function: Callable[..., Any], *args: Any) -> Any:
         return function(*args)
 
-    # Nothing in it waits, so there is no event loop, and it also works inside one.
+    # No await blocks here, so no event loop is needed, and it also works inside one.
     guarded = _Guarded(language_model, draw, call).rows(requests, ledgers)
     try:
         guarded.send(None)
@@ -161,7 +161,7 @@ def sample_requests(
 async def sample_requests_async(
     language_model: LanguageModel, requests: Sequence[SampleRequest], *, ledgers: Sequence[Ledger]
 ) -> _Rows:
-    """`sample_requests` that awaits the model; what has to wait otherwise does so in a thread."""
+    """Async `sample_requests`; blocking calls run in a thread."""
     if _is_watched(language_model, requests):
         return await language_model.sample_requests_async(requests, ledgers=ledgers)
 
@@ -172,7 +172,7 @@ async def sample_requests_async(
 
 
 def _is_watched(language_model: LanguageModel, requests: Sequence[SampleRequest]) -> bool:
-    """Whether the model can be left alone with the requests."""
+    """Whether the model can answer the requests without help."""
     guards = [request.guard for request in requests if request.guard is not None]
     if base.watches_guards(language_model) or not guards:
         return True
@@ -186,9 +186,9 @@ def _is_watched(language_model: LanguageModel, requests: Sequence[SampleRequest]
 
 @dataclass
 class _Growing:
-    """A chunk as far as nothing was refused; `refused` is what was drawn first from there on.
+    """The allowed part of a chunk; `refused` has the tokens first sampled after it.
 
-    `asked` counts what was asked for, so that nothing is drawn from the same stream twice.
+    `asked` counts the calls, so that no random stream is used twice.
     """
 
     model: LanguageModel
@@ -215,7 +215,7 @@ class _Growing:
 
     @property
     def state(self) -> TextState:
-        """The request's, with the tokens so far."""
+        """The request's state extended by the tokens so far."""
         state = self.request.state
         return replace(state, response_ids=(*state.response_ids, *self.tokens))
 
@@ -229,12 +229,12 @@ class _Growing:
         return min(self.size, self.limit - len(self.tokens))
 
     def fresh_seed(self) -> int:
-        """Of a stream that nothing was drawn from."""
+        """Seed of an unused random stream."""
         self.asked += 1
         return base.spawn_seed(self.request.seed, self.number, self.asked)
 
     def affords(self, reserved: dict[int, Usage], new: int) -> bool:
-        """Whether the ledger pays for `new` tokens beside what is reserved; if so, they are too."""
+        """Whether the ledger affords `new` tokens on top of the reserved usage; if so, reserve."""
         if self.ledger is None:
             return True
         need = self.model.usage_bound(len(base.prefix_of(self.state)), [new])
@@ -246,7 +246,7 @@ class _Growing:
         return True
 
     def end(self) -> None:
-        """Leave it as it is, a refused token at its end; what is paid for stays without `kept`."""
+        """End with the rejected token, or all sampled tokens if the budget is exhausted."""
         if self.refused is not None:
             ids, logprobs = self.refused
             is_kept = self.ledger is None or self.ledger.affords(self.guard.kept)
@@ -255,7 +255,7 @@ class _Growing:
         self.is_done = True
 
     def take(self, piece: Chunk) -> None:
-        """Go on with what was drawn, up to its first refused token."""
+        """Append sampled tokens up to the first rejected one."""
         ids = list(piece.token_ids)[: self._end_of_stop_text(piece.token_ids)]
         count = self._first_refused(ids)
         self._add(ids[:count], piece.logprobs[:count])
@@ -269,7 +269,7 @@ class _Growing:
             self._check_end()
 
     def replace_refused(self, found: NextTokens) -> None:
-        """Put one of the most probable tokens in the refused one's place, or end there."""
+        """Replace the rejected token by an allowed probable one, or end the chunk there."""
         assert self.refused is not None
         pairs = zip(found.token_ids[: self.guard.candidates], found.logprobs, strict=False)
         logprobs = {token: log for token, log in pairs if token != self.refused[0][0]}
@@ -295,7 +295,7 @@ class _Growing:
         self.is_done = is_stopped or is_full or has_stop
 
     def _end_of_stop_text(self, ids: Sequence[int]) -> int:
-        """Of the new tokens, how many there are up to a stop text, which may have begun before."""
+        """Number of new tokens up to the end of a stop string, which can start before them."""
         if self.request.params.stop:
             for i in range(1, len(ids) + 1):
                 if base.has_stop_text(self.model, [*self.tokens, *ids[:i]], self.request.params):
@@ -303,7 +303,7 @@ class _Growing:
         return len(ids)
 
     def _first_refused(self, ids: Sequence[int]) -> int:
-        """The place of the first token that may not follow; their number if all may."""
+        """Index of the first rejected token; their number if all are allowed."""
         state = self.request.state
         if self.text is None:
             self.text = GrowingText(self.model, (*state.response_ids, *self.tokens))
@@ -312,7 +312,7 @@ class _Growing:
             texts.append(self.text.with_token(token))
             self.text.append(token)
         is_stopped = ids[-1] in self.model.stop_token_ids
-        # A text that ends may cost a reward call: it is asked for where those before may follow.
+        # Checking an ended text can cost a reward call, so check the tokens before it first.
         going_on = texts[:-1] if is_stopped else texts
         count = len(going_on)
         allowed = self.guard.allows([state] * count, going_on, [False] * count) if count else []
@@ -326,7 +326,7 @@ class _Growing:
 
 @dataclass
 class _Guarded:
-    """Draws chunks with guards: `draw` asks the model for chunks, `call` calls a function."""
+    """Samples chunks with guards: `draw` calls the model, `call` calls other functions."""
 
     model: LanguageModel
     draw: _Draw
@@ -337,7 +337,7 @@ class _Guarded:
         self, requests: Sequence[SampleRequest], ledgers: Sequence[Ledger] | None
     ) -> _Rows:
         base.check_requests(requests, guards=True)
-        # Whole chunks first: where nothing is refused, they are those of plain sampling.
+        # Whole chunks first: without a rejection, they equal plain sampling.
         rows = await self.draw([replace(r, guard=None) for r in requests], ledgers)
         growing: dict[tuple[int, int], _Growing] = {}
         for i, (request, row) in enumerate(zip(requests, rows, strict=True)):
@@ -356,7 +356,7 @@ class _Guarded:
         return rows
 
     async def _replace(self, active: Sequence[_Growing]) -> None:
-        """Put other tokens in the place of refused ones, where the most probable are known."""
+        """Replace rejected tokens, if the model has `next_tokens`."""
         reserved: dict[int, Usage] = {}
         refused = [each for each in active if each.refused is not None and self.gives_next]
         refused = [each for each in refused if each.affords(reserved, 1)]
@@ -371,7 +371,7 @@ class _Guarded:
             await self.call(each.replace_refused, next_tokens)
 
     async def _go_on(self, active: Sequence[_Growing]) -> None:
-        """Draw what comes next; a refused place again, but not for ever."""
+        """Sample the next pieces; a rejected position is resampled a limited number of times."""
         for each in active:
             is_greedy = each.request.params.temperature == 0
             if each.refused is not None and (is_greedy or each.redraws == REDRAWS):

@@ -1,8 +1,8 @@
-"""Tokenizers of transformers: text to token ids, and when a response ends.
+"""Transformers tokenizers: encode text, and determine when a response ends.
 
-What a text says is never read as a control token. A tokenizer that parses text finds its control
-tokens wherever they are written: a prompt that quotes `<|im_end|>` could so end its own message and
-begin another one, in another role.
+Message contents are never read as control tokens. A tokenizer that parses text finds control tokens
+anywhere in it. A prompt that quotes `<|im_end|>` could then end its own message and start another
+one in another role.
 """
 
 from __future__ import annotations
@@ -22,27 +22,27 @@ from mbrl_text_env.types import Message, Prompt
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Breaks a control token's text, so that any tokenizer reads it as ordinary text.
+# Splits a control token's text, so that any tokenizer reads it as ordinary text.
 _ZERO_WIDTH_SPACE = "\u200b"
-# Encloses what stands for other text; a private character.
+# Encloses placeholders for other text; a private-use character.
 _EDGE = "\uf8ff"
 
 
 class ModelLoadError(ValueError):
-    """A folder or Hub name from which no model could be loaded."""
+    """No model could be loaded from a folder or Hub name."""
 
 
 class HFTokenizer:
-    """A transformers tokenizer, with what it takes to know when a response ends.
+    """A transformers tokenizer with its stop tokens and context length.
 
     Args:
-        source: Name on the Hub, folder, or a loaded transformers tokenizer.
+        source: Hub name, folder, or a loaded transformers tokenizer.
         stop_token_ids: By default the end-of-sequence ids of the tokenizer and of the model's
-            generation config, or of its config where it has none.
-        context_length: Most tokens of prompt and response together; by default the model config's.
+            generation config, or of the model config if there is none.
+        context_length: Maximum tokens of prompt and response; by default from the model config.
 
     Raises:
-        ModelLoadError: Nothing could be loaded from `source`.
+        ModelLoadError: `source` could not be loaded.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class HFTokenizer:
         loaded: Any = source
         self.tokenizer = load("AutoTokenizer", source) if named else loaded
         if named and not self.tokenizer("text", add_special_tokens=False)["input_ids"]:
-            # transformers makes an empty one where the files are missing.
+            # transformers creates an empty one if the files are missing.
             raise ModelLoadError(
                 f"{str(source)!r} has no tokenizer files. Save the model's tokenizer there, or "
                 "pass it as `tokenizer`."
@@ -63,7 +63,7 @@ class HFTokenizer:
         config = _load_optional("AutoConfig", source) if named else None
         text_config = config.get_text_config() if config is not None else None
         self._content = ContentEncoder(self.tokenizer)
-        # Where the model has fewer rows than the tokenizer has tokens, it cannot read the rest.
+        # If the model has fewer rows than the tokenizer has tokens, it cannot read the others.
         self.vocab_size: int = getattr(text_config, "vocab_size", None) or len(self.tokenizer)
         generation = _load_optional("GenerationConfig", source) if named else None
         known = _stop_ids(self.tokenizer.eos_token_id, generation or text_config)
@@ -71,18 +71,18 @@ class HFTokenizer:
         self.context_length: int = context_length or _context_limit(text_config, self.tokenizer)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> HFTokenizer:
-        # Read-only. Gymnasium deep-copies the arguments of an environment whenever its spec is
-        # read through a wrapper.
+        # Read-only. Gymnasium deep-copies an environment's arguments each time its spec is read
+        # through a wrapper.
         return self
 
     def with_model(self, model: Any) -> tuple[frozenset[int], int]:
-        """Stop tokens and context length, as far as a loaded model knows them too."""
+        """Stop tokens and context length, combined with those of a loaded model."""
         limit = _context_limit(model.config.get_text_config(), self.tokenizer)
         stops = self.stop_token_ids | _stop_ids(None, model.generation_config)
         return stops, min(limit, self.context_length)
 
     def identity(self) -> dict[str, Any]:
-        """What tells this tokenizer from others: how it encodes, and where responses end."""
+        """What distinguishes this tokenizer: its encoding, and its stop tokens."""
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         known = backend.to_str() if backend else json.dumps({"vocab": self.tokenizer.get_vocab()})
         return {
@@ -92,16 +92,16 @@ class HFTokenizer:
         }
 
     def encode_prompt(self, prompt: Prompt) -> tuple[int, ...]:
-        """Token ids of a prompt: chat messages through the chat template, plain text as it is.
+        """Encode a prompt: messages with the chat template, plain text without.
 
-        Plain text follows what the tokenizer puts before every text (a token for its beginning),
-        and nothing is put behind it, since the response goes on from there.
+        Plain text gets the tokens that the tokenizer puts before every text (such as a start
+        token), but none after it, because the response continues from there.
 
         Raises:
-            PromptTooLongError: It leaves no room for a response.
-            UnknownTokenError: It has a token that the model does not know.
-            PromptEncodingError: It is a chat, and the tokenizer has no chat template, or one that
-                refuses it (for its roles, or their order).
+            PromptTooLongError: The prompt leaves no room for a response.
+            UnknownTokenError: The prompt has a token that the model does not know.
+            PromptEncodingError: The prompt is a chat, and the tokenizer has no chat template or
+                its template rejects the messages (their roles, or their order).
         """
         if isinstance(prompt.content, str):
             ids = [*self._content.opening, *self.encode_text(prompt.content)]
@@ -115,44 +115,44 @@ class HFTokenizer:
         return tuple(ids)
 
     def encode_text(self, text: str) -> list[int]:
-        """Token ids of a text alone: control tokens that are written out in it are characters."""
+        """Encode a text alone. Control tokens written in it are encoded as characters."""
         return self._content.text(text)
 
     def _chat(self, prompt: Prompt, messages: Sequence[Message]) -> list[int]:
         if not getattr(self.tokenizer, "chat_template", None):
             raise PromptEncodingError(
-                f"Prompt {prompt.id!r} is a chat, but the tokenizer has no chat template, as base "
-                "models have none. Load prompts as plain text (chat=False; --plain-prompts on the "
-                "command line), or use an instruction-tuned model."
+                f"Prompt {prompt.id!r} is a chat, but the tokenizer has no chat template, as is "
+                "usual for base models. Load prompts as plain text (chat=False; --plain-prompts on "
+                "the command line), or use an instruction-tuned model."
             )
         try:
             return self._content.chat(messages)
-        # Templates raise errors of jinja2, and whatever their expressions do.
+        # Templates raise jinja2's errors, and any error of their expressions.
         except Exception as error:
             raise PromptEncodingError(
-                f"Prompt {prompt.id!r}: the tokenizer's chat template refuses its messages, whose "
+                f"Prompt {prompt.id!r}: the tokenizer's chat template rejects its messages, whose "
                 f"roles are {[message.role for message in messages]} ({error}). Change them to "
-                "what the template takes: many take a system message only as the first or not at "
-                "all (put its text into the user's), and users and assistants in turns, the user "
-                "first. Or load prompts as plain text (chat=False)."
+                "what the template accepts: many accept a system message only first or not at "
+                "all (put its text into the user's), and need user and assistant to alternate, "
+                "user first. Or load prompts as plain text (chat=False)."
             ) from error
 
     def check_prompt(
         self, prompt: Prompt, ids: Sequence[int], context_length: int, vocab_size: int
     ) -> None:
-        """Refuse a prompt that leaves no room, or has a token for which the model has no row."""
+        """Reject a prompt that leaves no room, or has a token outside the model's vocabulary."""
         check_room(prompt, len(ids), context_length)
         unknown = next((token for token in ids if token >= vocab_size), None)
         if unknown is not None:
             raise UnknownTokenError(
                 f"Prompt {prompt.id!r} has the token {unknown} "
-                f"({self.tokenizer.convert_ids_to_tokens(unknown)!r}), but the model knows the "
-                f"tokens 0 to {vocab_size - 1} alone. Use the model's own tokenizer, resize the "
-                "model's embeddings to it, or leave that token out of the prompt."
+                f"({self.tokenizer.convert_ids_to_tokens(unknown)!r}), but the model only has "
+                f"the tokens 0 to {vocab_size - 1}. Use the model's own tokenizer, resize the "
+                "model's embeddings to it, or remove the token from the prompt."
             )
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of the ids, special tokens left out."""
+        """Decode token ids, without special tokens."""
         text: str = self.tokenizer.decode(
             list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
@@ -160,34 +160,34 @@ class HFTokenizer:
 
 
 class Tokenized:
-    """What language models with an `HFTokenizer` share; copies are the model itself."""
+    """Mixin for language models with an `HFTokenizer`. Copying returns the model itself."""
 
     _tokenizer: HFTokenizer
     vocab_size: int
     context_length: int
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        # Shared and read-only: environments and agents that are copied go on using this one.
+        # Read-only: copies of environments and agents share this object.
         return self
 
     def encode_prompt(self, prompt: Prompt) -> tuple[int, ...]:
-        """Token ids of a prompt; see `HFTokenizer.encode_prompt`."""
+        """Encode a prompt; see `HFTokenizer.encode_prompt`."""
         ids = self._tokenizer.encode_prompt(prompt)
-        # The tokenizer alone may know less of the model's limits.
+        # The tokenizer alone may not know all of the model's limits.
         self._tokenizer.check_prompt(prompt, ids, self.context_length, self.vocab_size)
         return ids
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of the ids, special tokens left out."""
+        """Decode token ids, without special tokens."""
         return self._tokenizer.decode(token_ids)
 
     def encode_text(self, text: str) -> list[int]:
-        """Token ids of a text alone; see `HFTokenizer.encode_text`."""
+        """Encode a text alone; see `HFTokenizer.encode_text`."""
         return self._tokenizer.encode_text(text)
 
 
 def load(factory: str, source: Any, **options: Any) -> Any:
-    """What a class of transformers loads from a folder or Hub name, or a ModelLoadError."""
+    """Load with a transformers class from a folder or Hub name, or raise a ModelLoadError."""
     import transformers
 
     try:
@@ -196,24 +196,24 @@ def load(factory: str, source: Any, **options: Any) -> Any:
         reason = str(error).partition("\n")[0]
         raise ModelLoadError(
             f"Expected the folder of a transformers causal language model with its tokenizer, or a "
-            f"name on the Hugging Face Hub that is reachable or already downloaded; got {source!r} "
+            f"Hugging Face Hub name that is reachable or already downloaded; got {source!r} "
             f"({type(error).__name__}: {reason}). Check the spelling, the network, or "
             "HF_HUB_OFFLINE; `language_models.embedded()` needs no network."
         ) from error
 
 
-# It takes half a second, and every command that can be resumed asks for it several times.
+# Cached: it takes half a second, and every resumable command needs it several times.
 @functools.lru_cache(maxsize=4)
 def _content_digest(tokenizer: str, chat_template: str) -> str:
     known = json.loads(tokenizer)
-    # Padding and truncation are set anew by each call.
+    # Padding and truncation are set by each call.
     known |= {key: None for key in ("padding", "truncation") if key in known}
     described = [known, json.loads(chat_template)]
     return digest(json.dumps(described, sort_keys=True).encode())
 
 
 def _load_optional(factory: str, source: Any) -> Any:
-    """A config that a folder with a tokenizer alone does not have."""
+    """Load a config that a tokenizer-only folder does not have."""
     import transformers
 
     try:
@@ -223,23 +223,23 @@ def _load_optional(factory: str, source: Any) -> Any:
 
 
 def _stop_ids(eos_token_id: int | None, config: Any) -> frozenset[int]:
-    """A tokenizer's end-of-sequence id and those of a generation or model config."""
+    """End-of-sequence ids of a tokenizer and of a generation or model config."""
     configured = getattr(config, "eos_token_id", None)
     listed = configured if isinstance(configured, list) else [configured]
     return frozenset(i for i in [eos_token_id, *listed] if i is not None)
 
 
 def _context_limit(config: Any, tokenizer: Any) -> int:
-    """Most tokens of prompt and response together, as far as config and tokenizer know."""
+    """Maximum tokens of prompt and response, from the config and the tokenizer."""
     # Tokenizers without a limit report a huge number.
     limits = [getattr(config, "max_position_embeddings", None), tokenizer.model_max_length]
     return min((limit for limit in limits if limit is not None and limit < 10**9), default=2**31)
 
 
 def control_texts(tokenizer: Any) -> tuple[str, ...]:
-    """The texts of a tokenizer's special tokens, and of the added ones that its template writes.
+    """Texts of a tokenizer's special tokens, and of added tokens that its template writes.
 
-    Some models mark turns, reasoning or results of tools with tokens that are not called special.
+    Some models mark turns, reasoning or tool results with tokens that are not declared special.
     """
     template = getattr(tokenizer, "chat_template", None) or ""
     source = "\n".join(template.values()) if isinstance(template, dict) else template
@@ -249,12 +249,12 @@ def control_texts(tokenizer: Any) -> tuple[str, ...]:
 
 
 def control_test(tokenizer: Any, *others: str) -> Callable[[str], bool]:
-    """A test for `plain_text`: whether a tokenizer finds control tokens, or `others`, in a text."""
+    """Make a test for `plain_text`: whether a tokenizer finds control tokens or `others`."""
     texts = control_texts(tokenizer)
     pattern = _pattern([*texts, *others])
     if not _finds_hidden(tokenizer, texts):
         return lambda text: pattern.search(text) is not None
-    # Any text may have unknown words.
+    # Any text can have unknown words.
     control = {tokenizer.convert_tokens_to_ids(t) for t in texts if t != tokenizer.unk_token}
     return lambda text: (
         pattern.search(text) is not None or not control.isdisjoint(_ids(tokenizer, text))
@@ -262,10 +262,10 @@ def control_test(tokenizer: Any, *others: str) -> Callable[[str], bool]:
 
 
 def plain_text(text: str, is_special: Callable[[str], bool]) -> str:
-    """A text in which a tokenizer finds no control token, for tokenizers that cannot be told.
+    """Change a text so that no control token is found; for tokenizers without such an option.
 
-    A control token's text gets a zero-width space in its middle and is then read as ordinary
-    characters; most texts come back as they are.
+    A zero-width space is inserted into each control token's text, which is then read as ordinary
+    characters. Most texts are unchanged.
 
     Example:
         >>> plain_text("a<s>", lambda text: "<s>" in text) == "a<" + chr(0x200B) + "s>"
@@ -279,25 +279,25 @@ def plain_text(text: str, is_special: Callable[[str], bool]) -> str:
 
 
 class ContentEncoder:
-    """Encodes texts and chats with a transformers tokenizer, which is read at first use.
+    """Encodes texts and chats with a transformers tokenizer, which is read on first use.
 
-    The ids of contents without control tokens' texts are exactly those that the tokenizer and its
-    `apply_chat_template` give. Where a text holds one, the template is rendered with something else
-    in its place, so that the template's own control tokens can be told from it. Then the whole is
-    encoded by a copy of the tokenizer that knows control tokens by other names: everything else
-    (pre-tokenization, merges across the template's edges, white space) is the tokenizer's own.
-    Tokenizers that are not made of the `tokenizers` library cannot be copied so: see `plain_text`.
+    Contents without the text of a control token get exactly the ids of the tokenizer and its
+    `apply_chat_template`. If a text contains one, the template is rendered with a placeholder, to
+    distinguish it from the template's own control tokens. A copy of the tokenizer with renamed
+    control tokens then encodes the result; everything else (pre-tokenization, merges across the
+    template's edges, white space) is the tokenizer's own. Tokenizers that are not from the
+    `tokenizers` library cannot be copied this way: see `plain_text`.
     """
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
 
     def __getstate__(self) -> dict[str, Any]:
-        # The copy would forget that it reads special tokens as text.
+        # A copy would lose the setting that special tokens are read as text.
         return {"tokenizer": self.tokenizer}
 
     def text(self, text: str) -> list[int]:
-        """Token ids of a text, with nothing before or behind it."""
+        """Encode a text, with no tokens before or after it."""
         if not self._careful and self._marks.pattern.search(text) is None:
             return _ids(self.tokenizer, text)
         if self._apart is None:
@@ -305,13 +305,13 @@ class ContentEncoder:
         return self._apart.encode(self._apart.plain(text))
 
     def chat(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids of a chat and of what begins the answer to it.
+        """Encode a chat and the generation prompt.
 
-        Raises what the chat template does, and a ValueError where it leaves out a message.
+        Raises the chat template's errors, and a ValueError if the template omits a message.
         """
         kept_apart = self._careful or any(self._marks_in(m).meet(m.content) for m in messages)
         apart = self._apart if kept_apart else None
-        # Nobody can write the key beforehand.
+        # The key cannot be known in advance.
         key, pieces = str(secrets.randbits(64)), list[str]()
 
         def hold(piece: str) -> str:
@@ -347,13 +347,13 @@ class ContentEncoder:
 
     @functools.cached_property
     def _turn_marks(self) -> _Marks:
-        """Marks in an assistant's message, in which templates look for the marks of reasoning."""
+        """Marks in an assistant message, where templates look for marks of reasoning."""
         added = self.tokenizer.added_tokens_decoder.values()
         special = {str(token.content) for token in added if token.special}
         try:
             turn = self._rendered([Message("user", "a")], ["a"])
         except Exception:
-            # It takes no such chat.
+            # The template does not accept such a chat.
             turn = ""
         return _Marks(t for t in self._marks.texts if t in special or t in turn)
 
@@ -374,15 +374,15 @@ class ContentEncoder:
     def _check_complete(
         self, messages: Sequence[Message], contents: Sequence[str], rendered: str
     ) -> None:
-        """Refuse a template that leaves a message out, as those do that do not know its role."""
+        """Raise a ValueError if the template omits a message, for example of an unknown role."""
         for i, (message, content) in enumerate(zip(messages, contents, strict=True)):
             if content.strip() in rendered:
                 continue
-            # It may be written in another way, as JSON or in part.
+            # The template may write it in another form, such as JSON, or partly.
             probe = [_EDGE if k == i else other for k, other in enumerate(contents)]
             if _EDGE not in self._rendered(messages, probe):
                 raise ValueError(
-                    f"it leaves out message {i + 1}, whose role {message.role!r} it may not know"
+                    f"it omits message {i + 1}, whose role {message.role!r} it may not know"
                 )
 
     def _rendered(self, messages: Sequence[Message], contents: Sequence[str]) -> str:
@@ -396,7 +396,7 @@ class ContentEncoder:
 
 
 class _Marks:
-    """The texts of control tokens, and how they are found."""
+    """Finds the texts of control tokens."""
 
     def __init__(self, texts: Iterable[str]) -> None:
         self.texts = tuple(texts)
@@ -405,11 +405,11 @@ class _Marks:
         self._ends = tuple({t[k:] for t in self.texts for k in range(1, len(t))})
 
     def meet(self, content: str) -> bool:
-        """Whether a content has a mark in it, or a part of one where it meets the template."""
+        """Whether a content has a mark, or part of one at an edge with the template."""
         return self.pattern.search(content) is not None or self._edges(content) != (0, 0)
 
     def replace(self, content: str, hold: Callable[[str], str]) -> str:
-        """The content with something else for each mark, and for parts of marks at its edges."""
+        """Replace each mark by a placeholder, and also parts of marks at the edges."""
         first, last = self._edges(content)
         bare = content.strip()
         before = content[: len(content) - len(content.lstrip())]
@@ -422,13 +422,13 @@ class _Marks:
         return before + start + middle + end + behind
 
     def _edges(self, content: str) -> tuple[int, int]:
-        """Characters at the start and at the end, white space left out, that are part of a mark."""
+        """Number of characters at each edge, ignoring white space, that are part of a mark."""
         bare = content.strip()
         return int(bare.startswith(self._ends)), int(bare.endswith(self._starts))
 
 
 class _Apart:
-    """A copy of a tokenizer that finds control tokens by other names alone."""
+    """A copy of a tokenizer that finds control tokens only by other names."""
 
     def __init__(self, backend: Any, marks: _Marks, unknown: str | None) -> None:
         from tokenizers import AddedToken, Tokenizer
@@ -443,7 +443,7 @@ class _Apart:
         self._tokenizer = Tokenizer.from_str(json.dumps(data))
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        # Special tokens are then encoded as any text; the new names are not special.
+        # Special tokens are then encoded like any text; the new names are not special.
         self._tokenizer.encode_special_tokens = True
         flags = ("single_word", "lstrip", "rstrip")
         options = [{"normalized": False, **{flag: t[flag] for flag in flags}} for t in found]
@@ -453,26 +453,26 @@ class _Apart:
         self._ids = {
             self._tokenizer.token_to_id(n): t["id"] for n, t in zip(names, found, strict=True)
         }
-        # Any text may have unknown words.
+        # Any text can have unknown words.
         self._control = {t["id"] for t in found if t["content"] != unknown}
 
     def renamed(self, text: str) -> str:
         return self._pattern.sub(lambda match: self._names.get(match[0], match[0]), text)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids, control tokens only where their new names are."""
+        """Encode a text; control tokens only match their new names."""
         ids = self._tokenizer.encode(text, add_special_tokens=False).ids
         return [self._ids.get(token, token) for token in ids]
 
     def plain(self, text: str) -> str:
-        """The text, changed only where a model of words or pieces has a control token itself."""
+        """Change the text only if the word or piece model itself contains a control token."""
         return plain_text(text, lambda part: not self._control.isdisjoint(self.encode(part)))
 
 
 def _pattern(texts: Iterable[str]) -> re.Pattern[str]:
-    """Finds the first of the texts, and of those that begin at one place the longest."""
+    """Pattern that matches any of the texts, the longest first."""
     wanted = sorted({text for text in texts if text}, key=len, reverse=True)
-    # Without any, nothing is found.
+    # Without any text, it matches nothing.
     return re.compile("|".join(map(re.escape, wanted)) or r"(?!)")
 
 
@@ -481,9 +481,9 @@ def _ids(tokenizer: Any, text: str) -> list[int]:
 
 
 def _finds_hidden(tokenizer: Any, texts: Collection[str]) -> bool:
-    """Whether control tokens may be found in texts that do not contain them as they are written.
+    """Whether control tokens can be found in texts that do not contain them literally.
 
-    So it is where a text is normalized before, or a model of words or pieces has them.
+    This happens if a text is normalized first, or if a word or piece model contains them.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
@@ -491,6 +491,6 @@ def _finds_hidden(tokenizer: Any, texts: Collection[str]) -> bool:
     tokens = tokenizer.added_tokens_decoder.values()
     if any(token.normalized and str(token.content) in texts for token in tokens):
         return True
-    # BERT's words have no punctuation, which all marks have.
+    # BERT's words contain no punctuation, which all marks have.
     kinds = type(backend.model).__name__, type(backend.pre_tokenizer).__name__
     return kinds != ("WordPiece", "BertPreTokenizer") and kinds[0] != "BPE"

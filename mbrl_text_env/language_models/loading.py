@@ -1,4 +1,4 @@
-"""How a transformers model is made ready: adapters merged, and a right way to compute it found."""
+"""Prepare a transformers model: merge adapters, and choose a correct way to compute it."""
 
 from __future__ import annotations
 
@@ -39,23 +39,23 @@ from mbrl_text_env.runs import digest
 
 logger = logging.getLogger(__name__)
 
-# How far a way of computing may be from the model's own, as a share of the largest logit.
+# Tolerance relative to the model's own results, as a fraction of the largest logit.
 _TOLERANCES = {torch.float32: 3e-4, torch.float16: 3e-2, torch.bfloat16: 0.15}
 _PROBE_TOKENS = 12
 _PROBE_WINDOW = 64
 _STEPS = 3
 _KV_BYTES = 2**24
 _MOST_KV_BYTES = 4 * 2**30
-# Grouped or full attention, rotary positions, gated feed-forward, a norm before each: one forward
-# pass serves them. Their subclasses may differ in anything, so the type itself has to be one.
+# Grouped or full attention, rotary positions, gated feed-forward and pre-norms: one forward pass
+# covers them. Subclasses can differ in any respect, so only these exact types are allowed.
 _LLAMA_LIKE = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 
 
 @dataclass(frozen=True)
 class Way:
-    """How a model is computed: by its own passes, or over kept keys and values (`network`).
+    """How a model is computed: by its own forward pass, or over cached keys and values (`network`).
 
-    Without a network, `steps` and `OwnBatch` are used, with rows one at a time if `alone`.
+    Without a network, `OwnBatch` is used with `steps`, one row at a time if `alone`.
     """
 
     own: OwnPasses
@@ -65,27 +65,27 @@ class Way:
 
 
 class DifferenceError(UnsupportedNetworkError):
-    """A way of computing a model gives other logits than the model."""
+    """A way of computing a model gives different logits."""
 
 
 def choose_way(
     model: Any, dtype: torch.dtype, name: str, trial_file: str | Path | None = None
 ) -> Way:
-    """The fastest way that computes what the model, which is in evaluation mode, itself computes.
+    """Choose the fastest way that gives the logits of the model itself, in evaluation mode.
 
-    Each is tried on a few random tokens: sequences of several lengths in one batch, twice, so that
-    the second time finds prefixes that are kept; then token by token, while rows leave. Products
-    in int8 have rounding of their own, so that the network around them is tried. A `trial_file`
-    keeps the circumstances in which `LlamaNetwork` was right; there it is taken as it is.
+    Each way is tested on random tokens: sequences of several lengths in one batch, twice, so the
+    second run uses cached prefixes; then token by token, while rows are dropped. The rounding of
+    int8 products differs, so the test uses the network without them. A `trial_file` records under
+    which conditions `LlamaNetwork` passed; under these, it is used without a test.
 
     Raises:
-        ModelLoadError: None is right, or the model does not attend to earlier tokens alone.
-        ValueError: int8 is not offered for the model.
+        ModelLoadError: No way is correct, or the model is not causal.
+        ValueError: int8 is not supported for the model.
     """
     try:
         own = OwnPasses(model)
     except UnsupportedNetworkError as error:
-        # Models whose state is no key-value cache would go on without any memory.
+        # Models with another kind of state would run without any memory.
         raise ModelLoadError(
             f"{error} Use a causal language model with attention, such as Llama, Qwen, Gemma or "
             "GPT-2."
@@ -93,8 +93,8 @@ def choose_way(
     if dtype == torch.int8 and not (_is_llama_like(model) and model.device.type == "cpu"):
         raise ValueError(
             f"dtype=torch.int8 is for Llama, Mistral, Qwen2 and Qwen3 models without adapters, "
-            f"on a CPU; {type(model).__name__} is on {model.device}. Leave dtype out, or "
-            "choose torch.bfloat16."
+            f"on a CPU; {type(model).__name__} is on {model.device}. Omit dtype, or "
+            "use torch.bfloat16."
         )
     has_switch = length_switch(model.config.get_text_config()) is not None
     kept = None if trial_file is None or has_switch else _Kept(Path(trial_file), model)
@@ -120,13 +120,13 @@ def choose_way(
             logger.info("%s is not computed with steps=%s, alone=%s: %s", name, steps, alone, error)
             reason = error
     raise ModelLoadError(
-        f"{type(model).__name__} is computed rightly in no way that is known ({reason}). Use a "
+        f"No known way of computing {type(model).__name__} gives correct logits ({reason}). Use a "
         "model with attention, such as Llama, Qwen, Gemma or GPT-2."
     ) from reason
 
 
 class _Kept:
-    """A file of the circumstances in which a model's `LlamaNetwork` was right, as digests."""
+    """A file with digests of the conditions in which a model's `LlamaNetwork` was correct."""
 
     def __init__(self, path: Path, model: Any) -> None:
         code = [inspect.getsource(module).encode() for module in (engine, networks)]
@@ -140,7 +140,7 @@ class _Kept:
         try:
             found = json.loads(self._path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            # There is none, or it is damaged: the model is tried.
+            # Missing or damaged: the model is tested.
             return []
         return found if isinstance(found, list) else []
 
@@ -148,13 +148,13 @@ class _Kept:
         return self._own in self._found()
 
     def add(self) -> None:
-        # A folder that cannot be written costs the next loading a trial.
+        # If the folder is not writable, the next load tests again.
         with contextlib.suppress(OSError):
             write_text(self._path, json.dumps([*self._found(), self._own]))
 
 
 def _cached_network(model: Any, trial: _Trial, name: str) -> Network | None:
-    """The leanest network over kept keys and values that computes what the model computes."""
+    """The fastest correct network over cached keys and values, or None."""
     makers: list[Callable[[], Network]] = [lambda: ModuleNetwork(model)]
     if _is_llama_like(model):
         makers.insert(0, lambda: LlamaNetwork(model, model.dtype))
@@ -164,21 +164,21 @@ def _cached_network(model: Any, trial: _Trial, name: str) -> Network | None:
             trial.check_network(network)
             return network
         except Exception as error:
-            # Whatever a family does in its own way, the next way may be right about.
+            # This family may do something its own way, which the next candidate can handle.
             logger.info("%s runs without a prefix cache: %s", name, error)
             if isinstance(error, DifferenceError):
-                warnings.warn(f"{error} A slower way is taken.", stacklevel=5)
+                warnings.warn(f"{error} Using a slower way.", stacklevel=5)
     return None
 
 
 class _Trial:
-    """Random sequences, and the logits that the model itself gives for each of them alone."""
+    """Random sequences, and the model's own logits for each of them alone."""
 
     def __init__(self, model: Any, own: OwnPasses) -> None:
         self._model, self._own = model, own
         config = model.config.get_text_config()
         window = getattr(config, "sliding_window", None) or 0
-        # Beyond a switch, the model itself judges a prefix and its continuation by other angles.
+        # Beyond the switch, the model itself uses other angles for a prefix than for the whole.
         most = length_switch(config) or getattr(config, "max_position_embeddings", None) or 2**31
         longest = min(_PROBE_TOKENS + (window if window <= _PROBE_WINDOW else 0), most - _STEPS)
         lengths = [max(1, longest), max(1, longest // 2), max(1, longest // 4), max(1, longest)]
@@ -197,22 +197,22 @@ class _Trial:
         prefix = self._reference(self._sequences[0][:-_STEPS])
         if difference(self._expected[0][: len(prefix)], prefix, model.dtype) is not None:
             raise ModelLoadError(
-                f"{type(model).__name__}: what follows a token changes what the model says of it, "
-                "so it is no causal language model. For a model that can also be an encoder, set "
+                f"{type(model).__name__}: the logits of a token depend on later tokens, so this "
+                "is not a causal language model. If the model can also be an encoder, set "
                 "is_decoder=True in its config."
             )
 
     def _reference(self, ids: engine.Tokens) -> Tensor:
-        """float32[len(ids), V]: what the model itself makes of a sequence, without any cache."""
+        """The model's own logits for a sequence without a cache, float32[len(ids), V]."""
         tensor = torch.tensor([ids], device=self._model.device)
         try:
             logits: Tensor = self._model(input_ids=tensor, use_cache=False).logits[0]
         except Exception as error:
             reason = str(error).partition("\n")[0]
             raise ModelLoadError(
-                f"{type(self._model).__name__} cannot be asked about {len(ids)} tokens "
-                f"({type(error).__name__}: {reason}). Expected a causal language model of "
-                "transformers whose forward pass takes token ids alone."
+                f"{type(self._model).__name__} fails on {len(ids)} tokens "
+                f"({type(error).__name__}: {reason}). Expected a transformers causal language "
+                "model whose forward pass needs only token ids."
             ) from error
         return logits.float()
 
@@ -225,7 +225,7 @@ class _Trial:
             )
 
     def check_network(self, network: Network) -> None:
-        """Raise an error unless it agrees: rows side by side, prefixes kept, steps."""
+        """Raise an error unless batched rows, cached prefixes and steps agree with the model."""
         longest = max(map(len, self._sequences))
         cache = engine.PrefixCache(_KV_BYTES)
 
@@ -243,7 +243,7 @@ class _Trial:
                 expected = self._expected[row][: len(hidden)]
                 self._compare(network.logits(hidden), expected, subject)
             cache.clear()
-        # First with prefixes of prefixes, then with these: what is kept is gone on from.
+        # First prefixes of prefixes, then these, to continue from what is cached.
         make().add(
             [sequence[: -_STEPS - 1] or sequence[:1] for sequence in self._sequences], [1] * 4
         )
@@ -252,7 +252,7 @@ class _Trial:
     def check(
         self, make: Callable[[], engine.Batch], alone: bool, subject: str | None = None
     ) -> None:
-        """Raise an error unless batches agree, while they grow and lose rows."""
+        """Raise an error unless batches agree with the model while rows are added and dropped."""
         for indices in self._groups(alone):
             batch = make()
             prefixes = [self._sequences[i][:-_STEPS] for i in indices]
@@ -281,20 +281,20 @@ class _Trial:
 
     def _groups(self, alone: bool) -> Iterator[Sequence[int]]:
         everything = list(range(len(self._sequences)))
-        # The first and the last are of one length: without padding, models find positions alone.
+        # The first and last have equal lengths: without padding, models compute positions.
         yield from ([i] for i in everything) if alone else [everything, [0, everything[-1]]]
 
 
 def difference(logits: Tensor, expected: Tensor, dtype: torch.dtype) -> float | None:
-    """By how much a logit differs, where that is more than the rounding of a format."""
+    """The largest difference of a logit if it exceeds the rounding error of `dtype`, or None."""
     found = float((logits - expected).abs().max())
-    # "<=" is false for NaN, which is a difference too.
+    # "<=" is false for NaN, which also counts as a difference.
     is_near = found <= _TOLERANCES[dtype] * max(1.0, float(expected.abs().max()))
     return None if is_near else found
 
 
 def _is_llama_like(model: Any) -> bool:
-    """Whether `LlamaNetwork` computes this model: its type, plain linear layers, no adapters."""
+    """Whether `LlamaNetwork` supports this model: exact type, plain linear layers, no adapters."""
     if type(model).__name__ not in _LLAMA_LIKE or len(layer_windows(model.config)) > 1:
         return False
     linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
@@ -303,9 +303,9 @@ def _is_llama_like(model: Any) -> bool:
 
 
 def length_switch(config: Any) -> int | None:
-    """Tokens beyond which "longrope" models turn all positions by other angles; None for others.
+    """Length from which "longrope" models use other angles for all positions; None for others.
 
-    Keys of one kind are of no use beside keys of the other.
+    Cached keys from one side of the switch cannot be used on the other.
     """
     rope = getattr(config, "rope_parameters", None) or {}
     for kind in (rope, *(part for part in rope.values() if isinstance(part, dict))):
@@ -317,10 +317,10 @@ def length_switch(config: Any) -> int | None:
 
 
 def attention_width(config: Any) -> int:
-    """What the heads of all layers have together."""
-    # Some families give each layer a config of its own.
+    """Total width of the heads of all layers."""
+    # Some families have a config per layer.
     layers = getattr(config, "per_layer_config", None) or [config] * config.num_hidden_layers
-    # The heads together are as wide as the model, unless the config gives their size.
+    # By default, the heads together are as wide as the model.
     sizes = [getattr(layer, "head_dim", None) for layer in layers]
     return sum(
         layer.num_attention_heads * size if size else config.hidden_size
@@ -329,7 +329,7 @@ def attention_width(config: Any) -> int:
 
 
 def number_format(dtype: Any, device: torch.device) -> torch.dtype:
-    """A format, or that of a name, or what is used on the device by default."""
+    """Convert a dtype or its name; None gives the device's default."""
     if dtype is None:
         return torch.float32 if device.type == "cpu" else torch.bfloat16
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
@@ -339,47 +339,47 @@ def number_format(dtype: Any, device: torch.device) -> torch.dtype:
 
 
 def in_place(model: Any, device: torch.device, dtype: torch.dtype) -> Any:
-    """A model, or that of a name or folder, on its device, in its format, for evaluation."""
-    # int8 products are made from the weights in the format that they came in.
+    """Load a model if needed, and move it to its device and format in evaluation mode."""
+    # int8 products are made from the weights in their original format.
     is_int8 = dtype == torch.int8
     if isinstance(model, (str, Path)):
         model = load("AutoModelForCausalLM", model, dtype="auto" if is_int8 else dtype)
-    # Older releases of PEFT leave their `peft_config` on the base model too.
+    # Older PEFT versions leave their `peft_config` on the base model.
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
     model = model.to(device)
     return (model if is_int8 else model.to(dtype)).eval()
 
 
 def from_anywhere(source: Any) -> Any:
-    """A folder by a path that holds in every working directory; all else as it is."""
+    """Make a folder's path absolute; return anything else unchanged."""
     is_path = isinstance(source, (str, Path))
     return str(Path(source).resolve()) if is_path and Path(source).exists() else source
 
 
 def free_share(device: torch.device) -> int:
-    """A quarter of the memory that is free, at most 4 GiB."""
+    """A quarter of the free memory in bytes, at most 4 GiB."""
     is_cuda = device.type == "cuda"
     free = torch.cuda.mem_get_info(device)[0] if is_cuda else psutil.virtual_memory().available
     return max(1, min(free // 4, _MOST_KV_BYTES))
 
 
 def return_free_memory() -> None:
-    """Give freed memory back to the system: glibc keeps what lies between pieces in use."""
+    """Return freed memory to the system: glibc keeps pieces between blocks in use."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
     if trim is not None:
         trim(0)
 
 
 def merged_adapter(model: Any, folder: str | Path) -> Any:
-    """A copy of a model with an adapter of peft; it shares the weights that do not change.
+    """Copy a model with a merged PEFT adapter; unchanged weights are shared.
 
     Raises:
-        ValueError: Merged, it is not what peft computes with the adapter beside its base.
-        Exception: peft cannot load it.
+        ValueError: The merged model differs from PEFT's computation with a separate adapter.
+        Exception: PEFT cannot load the adapter.
     """
     from peft import PeftModel
 
-    # Detached, not `.data`: these share the version counter, so training is noticed here too.
+    # Detached, not `.data`: this shares the version counter, so training is detected.
     shared: dict[int, Any] = {
         id(p): torch.nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()
     }
@@ -392,9 +392,9 @@ def merged_adapter(model: Any, folder: str | Path) -> Any:
     changed = {id(layer.base_layer) for layer in base.modules() if hasattr(layer, "base_layer")}
     head, embedding = _tied_layers(base)
     if is_tied(base) and changed & {id(head), id(embedding)}:
-        # An adapter on one of two tied layers changes that one alone.
+        # An adapter on one of two tied layers changes only that layer.
         head.weight = torch.nn.Parameter(head.weight.detach(), requires_grad=False)
-    # Merging with safety checks works on copies of the weights that change.
+    # Merging with safety checks works on copies of the changed weights.
     merged = adapted.merge_and_unload(safe_merge=True)
     if not is_tied(merged):
         merged.config.get_text_config().tie_word_embeddings = False
@@ -403,20 +403,20 @@ def merged_adapter(model: Any, folder: str | Path) -> Any:
     found = difference(logits, expected, model.dtype)
     if found is not None:
         raise ValueError(
-            f"merged, a logit differs by {found:.3g} from that of the adapter beside its base; "
+            f"merged, a logit differs by {found:.3g} from the model with a separate adapter; "
             "merge it with peft yourself, save the model and load it by folder"
         )
     return merged
 
 
 def is_tied(model: Any) -> bool:
-    """Whether the input embedding is the output layer too."""
+    """Whether the input embedding is also the output layer."""
     head, embedding = _tied_layers(model)
     weight = getattr(head, "weight", None)
     return weight is not None and weight is getattr(embedding, "weight", None)
 
 
 def _tied_layers(model: Any) -> list[Any]:
-    """The output layer and the input embedding, without the adapters around them."""
+    """The output layer and the input embedding, without adapter wrappers."""
     layers = model.get_output_embeddings(), model.get_input_embeddings()
     return [getattr(layer, "base_layer", layer) for layer in layers]

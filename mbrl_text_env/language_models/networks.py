@@ -1,4 +1,4 @@
-"""Forward passes over preallocated keys and values: transformers' own modules, or a lean Llama."""
+"""Forward passes over preallocated keys and values, by transformers' modules or a lean Llama."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ from transformers import Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutput
 
 _FULL, _SLIDING = "full_attention", "sliding_attention"
-# Rotations of this many neighbouring inputs; a power of 2.
+# Rotates blocks of this many adjacent inputs; a power of 2.
 _ROTATION = 64
 
 
 class UnsupportedNetworkError(ValueError):
-    """A network whose state is more than keys and values, or that treats them in its own way."""
+    """A network has more state than keys and values, or handles them in its own way."""
 
 
 @dataclass(frozen=True)
 class KVShape:
-    """What a network keeps of a token: its keys, values and last hidden state."""
+    """What a network stores per token: keys, values and the last hidden state."""
 
     layers: tuple[tuple[int, int, int], ...]  # heads, key size, value size
     hidden_size: int
     dtype: torch.dtype
     device: torch.device
-    hidden_dtype: torch.dtype | None = None  # None: that of keys and values
+    hidden_dtype: torch.dtype | None = None  # None uses that of keys and values
 
     @property
     def groups(self) -> dict[tuple[int, int], int]:
@@ -53,7 +53,7 @@ class KVShape:
         return numbers * self.dtype.itemsize + hidden
 
     def places(self) -> list[tuple[tuple[int, int], tuple[int, int]]]:
-        """Group and index of the key and of the value of each layer: ((group, i), (group, j))."""
+        """Group and index of each layer's key and value: ((group, i), (group, j))."""
         free = {
             name: zip(itertools.repeat(group), itertools.count(), strict=False)
             for group, name in enumerate(self.groups)
@@ -63,7 +63,7 @@ class KVShape:
 
 @dataclass(frozen=True)
 class Span:
-    """Groups [count, heads, tokens, size] and hidden states [tokens, hidden_size] of tokens."""
+    """Tokens' groups [count, heads, tokens, size] and hidden states [tokens, hidden_size]."""
 
     groups: tuple[Tensor, ...]
     hidden: Tensor
@@ -77,21 +77,21 @@ class Span:
         return sum(tensor.nbytes for tensor in (*self.groups, self.hidden))
 
     def view(self, start: int, end: int) -> Span:
-        """Some of the tokens, without copying."""
+        """A view of some tokens, without copying."""
         return Span(tuple(group[:, :, start:end] for group in self.groups), self.hidden[start:end])
 
     def part(self, start: int, end: int) -> Span:
-        """A copy of some of the tokens, which does not keep the rest in memory."""
+        """A copy of some tokens, which does not keep the rest in memory."""
         some = self.view(start, end)
         return Span(tuple(group.clone() for group in some.groups), some.hidden.clone())
 
 
 class KVBatch:
-    """Preallocated keys and values of the rows of a batch, all of which end at one column.
+    """Preallocated keys and values of a batch whose rows all end at the same column.
 
-    Row r of `size` rows fills the columns from `starts[r]` to `columns`, which may grow to
-    `capacity`. A step writes one column for all rows, so nothing is concatenated or scattered; a
-    row that leaves is replaced by the last one.
+    Row r of `size` rows uses the columns from `starts[r]` to `columns`, which can grow to
+    `capacity`. A step writes one column for all rows, so nothing is concatenated or scattered. A
+    dropped row is replaced by the last one.
     """
 
     def __init__(self, shape: KVShape, rows: int, capacity: int) -> None:
@@ -108,15 +108,15 @@ class KVBatch:
         self.clear(0, capacity)
 
     def clear(self, columns: int, capacity: int) -> None:
-        """Leave all rows; new ones end at `columns` and may grow to `capacity` columns."""
+        """Drop all rows; new ones end at `columns` and can grow to `capacity` columns."""
         self.size, self.columns, self.capacity = 0, columns, capacity
 
     def lengths(self) -> npt.NDArray[np.int64]:
-        """int64[size]: tokens of each row."""
+        """Number of tokens in each row, int64[size]."""
         return self.columns - self.starts[: self.size]
 
     def add(self, length: int, spans: Sequence[Span]) -> int:
-        """A new row of `length` tokens, the first of them given; returns its index."""
+        """Add a row of `length` tokens, starting with the given spans; return its index."""
         row, start = self.size, self.columns - length
         assert start >= 0, "a row is longer than the batch has columns"
         self.size += 1
@@ -130,31 +130,31 @@ class KVBatch:
         return row
 
     def copy(self, row: int) -> int:
-        """A new row with the contents of another; returns its index."""
+        """Add a copy of a row; return its index."""
         self.size += 1
         self._move(row, self.size - 1)
         return self.size - 1
 
     def drop(self, row: int) -> None:
-        """Remove a row; the last one takes its place."""
+        """Remove a row; the last row takes its place."""
         self.size -= 1
         if row != self.size:
             self._move(self.size, row)
 
     def read(self, row: int, first: int, last: int) -> Span:
-        """A copy of the row's tokens `first` to `last` (exclusive), counted from its start."""
+        """A copy of the row's tokens from `first` to `last` (exclusive), counted from its start."""
         start = int(self.starts[row])
         whole = Span(tuple(group[:, row] for group in self.groups), self.hidden[row])
         return whole.part(start + first, start + last)
 
     def shift(self) -> None:
-        """Drop the columns that all rows have left empty."""
+        """Remove the columns that are empty in all rows."""
         empty = int(self.starts[: self.size].min(initial=self.columns))
         if not empty:
             return
         rows, old = slice(self.size), slice(empty, self.columns)
         self.columns -= empty
-        # In pieces: source and target overlap.
+        # In pieces, because source and target overlap.
         for part in itertools.chain.from_iterable(self.groups):
             part[rows, :, : self.columns] = part[rows, :, old].clone()
         self.hidden[rows, : self.columns] = self.hidden[rows, old].clone()
@@ -163,7 +163,7 @@ class KVBatch:
 
     def _open(self, row: int, start: int) -> None:
         self.starts[row] = start
-        # What is masked is still multiplied, by zero: it has to be a number.
+        # Masked values are multiplied by zero, so they must be finite.
         for group in self.groups:
             group[:, row, :, :start] = 0
         self.bias[row, :start] = -torch.inf
@@ -180,10 +180,10 @@ class KVBatch:
 
 @dataclass(eq=False)
 class KVWindow(Cache):
-    """The keys and values that one forward pass reads and writes, also as a cache of transformers.
+    """The keys and values that one forward pass reads and writes; also a transformers `Cache`.
 
-    It writes the columns `start` to `end` (exclusive) of some rows, where bool[rows, width] `valid`
-    says so (None: everywhere), and reads everything before `end`.
+    It writes the columns `start` to `end` (exclusive) of some rows, at positions where `valid`,
+    bool[rows, width], is true (None: all), and reads everything before `end`.
     """
 
     batch: KVBatch
@@ -212,20 +212,20 @@ class KVWindow(Cache):
         return found[0], found[1]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens before those that are written."""
+        """Number of tokens before those to be written."""
         return self.start
 
     def write_hidden(self, hidden: Tensor) -> None:
-        """Keep the last hidden states, [rows, width, hidden_size]."""
+        """Store the last hidden states, [rows, width, hidden_size]."""
         target = self.batch.hidden[self.rows, self.start : self.end]
         if self.valid is not None:
             hidden = torch.where(self.valid[:, :, None], hidden, target)
         target.copy_(hidden)
 
     def bias(self, sliding_window: int | None = None) -> Tensor:
-        """[rows, 1, width, end]: 0 where a query sees a key, minus infinity elsewhere.
+        """Attention bias [rows, 1, width, end]: 0 for visible keys, minus infinity elsewhere.
 
-        It sees `sliding_window` keys, its own included; None for all before it.
+        A query sees `sliding_window` keys including its own; None means all keys up to its own.
         """
         if sliding_window in self._bias:
             return self._bias[sliding_window]
@@ -237,45 +237,45 @@ class KVWindow(Cache):
             hidden = distance < 0
             if sliding_window is not None:
                 hidden |= distance >= sliding_window
-            # A query in the padding sees itself: a row of minus infinity alone has no softmax.
+            # A padding query sees itself: softmax is undefined for a row of minus infinities.
             bias = bias.masked_fill(hidden, -torch.inf).masked_fill(distance == 0, 0.0)
         self._bias[sliding_window] = bias
         return bias
 
 
 class OwnPasses:
-    """A transformers model in two halves: hidden states from tokens, and logits from those.
+    """A transformers model split in two: tokens to hidden states, and hidden states to logits.
 
-    Both are the model's own code: multipliers, soft caps and the like are done, whatever they are.
-    A model that does not consist of them is an `UnsupportedNetworkError`.
+    Both parts are the model's own code, so multipliers, soft caps and similar steps are included. A
+    model that cannot be split raises an `UnsupportedNetworkError`.
     """
 
     def __init__(self, model: Any) -> None:
-        # It is called `cache` from transformers 5.24 on.
+        # Named `cache` from transformers 5.24 on.
         taken = inspect.signature(model.forward).parameters
         cache = next((name for name in ("past_key_values", "cache") if name in taken), None)
-        # What some classes name as their body is the body of a class around them.
+        # For some classes, the named body is itself a wrapper with a body.
         names = (type(model).base_model_prefix, "model", "transformer")
         prefix = next((name for name in names if name in model._modules), names[0])
         body = model._modules.get(prefix)
         if cache is None or body is None:
-            lack = f"has no {prefix!r} that makes hidden states"
+            lack = f"has no {prefix!r} that computes hidden states"
             if cache is None:
                 lack = "keeps no key-value cache, so its prefixes cannot be shared among samples"
             raise UnsupportedNetworkError(f"{type(model).__name__} {lack}.")
         self._body, self._cache = body, cache
         parameters = inspect.signature(body.forward).parameters
-        # Families whose positions follow from the mask take none.
+        # Families that derive positions from the mask take none.
         self._takes_positions = "position_ids" in parameters or any(
             parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()
         )
-        # The same modules but for the body, so that trained weights are seen.
+        # The same modules except for the body, so that trained weights are seen.
         self._output = copy.copy(model)
         self._given = _Given(body)
         self._output._modules = {**model._modules, prefix: self._given}
 
     def hidden(self, cache: Cache | None = None, **inputs: Any) -> Tensor:
-        """[rows, width, hidden_size]: last hidden states of inputs, which the cache gets too."""
+        """Last hidden states [rows, width, hidden_size] of the inputs; fills the cache."""
         if cache is not None:
             inputs[self._cache] = cache
         if not self._takes_positions:
@@ -284,7 +284,7 @@ class OwnPasses:
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """float32[n, V] of hidden states [n, hidden_size]."""
+        """Logits float32[n, V] of hidden states [n, hidden_size]."""
         self._given.hidden = hidden[None]
         ids = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
         try:
@@ -295,12 +295,12 @@ class OwnPasses:
 
 
 class _Given(nn.Module):
-    """Stands where the body of a model stands, and answers with hidden states that are given."""
+    """Replaces a model's body and returns given hidden states."""
 
     def __init__(self, body: Any) -> None:
         super().__init__()
         self.hidden: Tensor | None = None
-        # In a tuple, so that it is no module of this one.
+        # In a tuple, so that it is not registered as a submodule.
         self._body = (body,)
 
     def __getattr__(self, name: str) -> Any:
@@ -316,15 +316,15 @@ class _Given(nn.Module):
 
 class _Outputs(BaseModelOutput):
     def __getattr__(self, name: str) -> None:
-        # Caches, router logits and the like, which models hand on.
+        # Caches, router logits and similar fields that models pass on.
         if name.startswith("__"):
             raise AttributeError(name)
 
 
 class ModuleNetwork:
-    """The modules of a transformers model whose layers attend to all or to the latest tokens.
+    """A transformers model whose layers attend to all or to the latest tokens.
 
-    A model with other layers is an `UnsupportedNetworkError`.
+    Other layers raise an `UnsupportedNetworkError`.
     """
 
     def __init__(self, model: Any) -> None:
@@ -334,7 +334,7 @@ class ModuleNetwork:
 
     @functools.cached_property
     def shape(self) -> KVShape:
-        """What it keeps of a token, found by a forward pass over one."""
+        """What the model stores per token, found by a forward pass over one token."""
         cache = DynamicCache()
         ids = torch.zeros(1, 1, dtype=torch.long, device=self._model.device)
         hidden = self._own.hidden(cache, input_ids=ids)
@@ -348,28 +348,28 @@ class ModuleNetwork:
         ]
         if not layers or len(layers) < len(kept):
             raise UnsupportedNetworkError(
-                f"{type(self._model).__name__} keeps no keys and values in some layers."
+                f"{type(self._model).__name__} stores no keys and values in some layers."
             )
         return KVShape(tuple(layers), hidden.shape[-1], hidden.dtype, hidden.device)
 
     def forward(self, ids: Tensor, positions: Tensor, window: KVWindow) -> Tensor:
-        """[rows, width, hidden_size] of ids int64[rows, width]; keys and values in the window."""
+        """Hidden states [rows, width, hidden_size] of ids int64[rows, width]; fills the window."""
         masks = {kind: window.bias(size) for kind, size in self._windows.items()}
         mask = masks if len(masks) > 1 else next(iter(masks.values()))
         inputs = {"input_ids": ids, "position_ids": positions, "attention_mask": mask}
         return self._own.hidden(window, **inputs)
 
     def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
-        """float32[n, V] of hidden states [n, hidden_size]; `out` may be used for them."""
+        """Logits float32[n, V] of hidden states [n, hidden_size]; `out` is optional memory."""
         return self._own.logits(hidden)
 
 
 class LlamaNetwork:
-    """Llama, Mistral, Qwen2 and Qwen3 without the cost of a module call for each small step.
+    """Llama, Mistral, Qwen2 and Qwen3 without the overhead of a module call per operation.
 
-    `dtype` is the format of the products: the model's own, or int8, whose weights are copies made
-    when this is constructed. On a CPU everything else is float32; but beside int8 products, keys
-    and values are bfloat16: attention, which waits for memory, is half as long again in float32.
+    `dtype` is the format of the products: the model's own, or int8 with copied weights. On a CPU
+    everything else is float32, except that with int8 products keys and values are bfloat16:
+    attention is limited by memory, and takes half as long again in float32.
     """
 
     def __init__(self, model: Any, dtype: torch.dtype) -> None:
@@ -396,7 +396,7 @@ class LlamaNetwork:
         x = model.embed_tokens(ids.reshape(-1)).to(self._compute_dtype)
         cos, sin = model.rotary_emb(x, positions)
         half = cos.shape[-1] // 2
-        # One sign for each half: rotating is then one swap, one product and one sum.
+        # One sign per half: rotating then needs one swap, one product and one sum.
         sin = torch.cat([-sin[..., :half], sin[..., half:]], -1)
         turns = cos.reshape(rows * width, 1, -1), sin.reshape(rows * width, 1, -1)
         bias = window.bias(self._window)
@@ -444,7 +444,7 @@ class _LlamaLayer:
             for part in (_rotated(keys, *turns), values)
         )
         keys, values = window.update(keys, values, index)
-        # Queries that share keys are further rows of one product: no key is repeated.
+        # Queries that share keys become further rows of one product, so keys are not repeated.
         groups = queries.shape[1] // self._heads
         folded = _rotated(queries, *turns).view(rows, width, self._heads, groups, -1)
         folded = folded.permute(0, 2, 3, 1, 4).reshape(rows, self._heads, groups * width, -1)
@@ -461,12 +461,12 @@ class _LlamaLayer:
 
 
 def layer_windows(config: Any) -> dict[str, int | None]:
-    """How many tokens each kind of layer sees; None for all before it."""
+    """Number of tokens that each kind of layer sees; None means all earlier ones."""
     slides = getattr(config, "use_sliding_window", True)
     size = getattr(config, "sliding_window", None) if slides else None
     kinds = set(getattr(config, "layer_types", None) or [_FULL if size is None else _SLIDING])
     if not kinds <= {_FULL, _SLIDING}:
-        raise UnsupportedNetworkError(f"Layers of the kinds {sorted(kinds)}.")
+        raise UnsupportedNetworkError(f"Layers of the kinds {sorted(kinds)} are not supported.")
     return {kind: size if kind == _SLIDING else None for kind in sorted(kinds)}
 
 
@@ -482,16 +482,16 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class FloatProduct:
-    """x -> x W' + b for weights that share their input, used where they lie: training is seen.
+    """x -> x W' + b for layers that share their input. Weights are not copied, so training is seen.
 
-    Inputs are rounded to the format of the weights; the results have the format of the inputs.
+    Inputs are rounded to the format of the weights; results have the format of the inputs.
     """
 
     def __init__(self, layers: Sequence[nn.Linear]) -> None:
         self._layers = list(layers)
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Sequence[Tensor]:
-        """float32[rows, inputs] -> one float32[rows, outputs] a layer; `out`: of a single one."""
+        """Map float32[rows, inputs] to float32[rows, outputs] per layer; `out` for a single one."""
         first = self._layers[0]
         if x.dtype == first.weight.dtype and out is not None and first.bias is None:
             return [torch.mm(x, first.weight.t(), out=out)]
@@ -500,15 +500,15 @@ class FloatProduct:
 
 
 class Int8Product:
-    """int8 products with one scale a weight row and one an input row; sums are exact.
+    """int8 products with one scale per weight row and one per input row; sums are exact.
 
-    A few channels of the inputs are far larger than the rest and would take the whole range. So
-    both sides are first rotated by Hadamard matrices of up to 64 neighbouring channels, which
-    changes no product and spreads those channels out.
+    A few input channels are much larger than the rest and would use up the whole range. Both sides
+    are therefore rotated by Hadamard matrices of up to 64 adjacent channels, which keeps all
+    products and spreads these channels out.
 
     Source: Ashkboos et al., "QuaRot: Outlier-Free 4-Bit Inference in Rotated LLMs" (2024).
-    Deviations: 8 bits; the inputs of every product are rotated as they come, in small blocks, so
-    that neither the network nor its norms have to be rewritten and nothing is calibrated.
+    Deviations: 8 bits; the inputs of every product are rotated on the fly, in small blocks, so the
+    network and its norms are not rewritten and nothing is calibrated.
     """
 
     def __init__(self, layers: Sequence[nn.Linear]) -> None:
@@ -549,10 +549,10 @@ class Int8Product:
 
 
 def make_product(layers: Sequence[nn.Linear], dtype: torch.dtype) -> FloatProduct | Int8Product:
-    """The product of linear layers that share their input: in their own format, or in int8."""
+    """Product of linear layers that share their input, in their own format or in int8."""
     return Int8Product(layers) if dtype == torch.int8 else FloatProduct(layers)
 
 
 def _scales(rows: Tensor) -> Tensor:
-    """float32[rows, 1]: what one step of 8 bits is worth in each row."""
+    """Size of one 8-bit step in each row, float32[rows, 1]."""
     return rows.abs().amax(-1, keepdim=True).clamp_(min=1e-30).mul_(1 / 127)

@@ -1,7 +1,7 @@
-"""A client of OpenAI-compatible servers (vLLM, SGLang, llama.cpp, TGI), as a language model.
+"""A language model behind OpenAI-compatible servers (vLLM, SGLang, llama.cpp, TGI).
 
-Token ids go in, token ids and log-probabilities come out, wherever the server can. What a server
-cannot give is said once as a warning and kept in `ServerLM.losses`; it is never made up.
+Token ids are sent, and token ids and log-probabilities are received, if the server supports them.
+Missing features give one warning each, are listed in `ServerLM.losses`, and are never invented.
 """
 
 from __future__ import annotations
@@ -41,49 +41,49 @@ T = TypeVar("T")
 Drawing = tuple[list[Drawn], list[Bill]]
 Judged = tuple[tuple[float, ...], list[Bill]]
 
-# llama.cpp takes 32 bits; room is left for the samples of one request.
+# llama.cpp takes 32-bit seeds; some are reserved for the samples of one request.
 _SEEDS = 2**30
-# OpenAI draws up to 128 samples at once.
+# OpenAI allows up to 128 samples per request.
 _MOST_SAMPLES = 128
 
 
 class ServerLM(Tokenized, LanguageModel):
     """A language model behind one or more OpenAI-compatible servers.
 
-    Which sample comes is up to the server's arithmetic: engines round differently in different
-    batches and after reused prefixes. `docs/language_models.md` says what each engine gives and how
-    it is seeded. What a server cannot give is warned of once, and listed in `losses`.
+    Samples depend on the server's arithmetic: engines round differently in other batches and after
+    cached prefixes. `docs/language_models.md` lists what each engine supports and how it is seeded.
+    Missing features give one warning each and are listed in `losses`.
 
-    Requests are retried with growing pauses when a connection fails, and when an answer is late,
-    cut off, or an error that may pass (408, 409, 425, 429 and 5xx, also inside a 200). A server
-    that fails is left aside while others take over. A request counts once, however often it was
-    sent. The API key is read from the environment whenever it is sent, and stands in no message.
+    Requests are retried with exponential backoff after a failed connection and after answers that
+    are late, truncated, or a transient error (408, 409, 425, 429 and 5xx, also inside a 200). Other
+    servers take over from one that fails. A request counts once, however often it is sent. The API
+    key is read from the environment for each request and appears in no message.
 
     Args:
-        base_urls: Addresses of servers of the same model, such as `"http://127.0.0.1:8000"`; each
-            request goes to the one with the fewest requests in flight.
-        tokenizer: The model's tokenizer: loaded, a name on the Hub, or a folder.
-        model: Name that the servers know the model by; by default the only one that they list.
-        engine: `"vllm"`, `"sglang"`, `"llamacpp"`, `"tgi"` or `"openai"`; by default what the
-            servers say, or found out by what they refuse.
-        name: What reports call it; by default the last part of the model's name.
-        mode: `"completions"`, `"chat"`, or `"auto"` for chat only where there are no completions.
-        max_concurrency: Most requests to one server at a time.
-        timeout: Seconds for one whole answer, whatever the server sends meanwhile.
-        max_wait: Seconds to go on trying while no server answers.
-        max_attempts: Times that a request is sent which the servers fail to answer.
-        api_key_env: Name of the environment variable that holds the API key, if there is one.
-        num_parameters: Of the model, from which FLOPs are estimated; by default as the server says
-            (llama.cpp does). Where it is not known, budgets in FLOPs are refused.
-        context_length: Most tokens of prompt and response; by default the least of what servers and
-            tokenizer say.
-        prefix_cache: Whether the server may reuse prefixes. llama.cpp rounds a reused one
-            differently; without reuse and with `max_concurrency=1` the same call gives the same
+        base_urls: Addresses of servers of the same model, such as `"http://127.0.0.1:8000"`. Each
+            request goes to the server with the fewest requests in flight.
+        tokenizer: The model's tokenizer: loaded, a Hub name, or a folder.
+        model: The model's name on the servers; by default the only one that they list.
+        engine: `"vllm"`, `"sglang"`, `"llamacpp"`, `"tgi"` or `"openai"`. By default it is what the
+            servers report, or detected from what they reject.
+        name: Name in reports; by default the last part of the model's name.
+        mode: `"completions"`, `"chat"`, or `"auto"` for chat only if there are no completions.
+        max_concurrency: Maximum number of concurrent requests per server.
+        timeout: Maximum seconds for a whole answer.
+        max_wait: Maximum seconds to retry while no server answers.
+        max_attempts: Maximum number of times to send a request that servers fail to answer.
+        api_key_env: Name of the environment variable with the API key, if there is one.
+        num_parameters: Number of model parameters, for estimating FLOPs; by default as reported by
+            the server (llama.cpp does). If it is unknown, budgets in FLOPs are rejected.
+        context_length: Maximum tokens of prompt and response; by default the minimum of what the
+            servers and the tokenizer report.
+        prefix_cache: Whether the server may reuse prefixes. llama.cpp rounds differently after a
+            reused prefix; without reuse and with `max_concurrency=1`, the same call gives the same
             chunks. Other engines have their own switches for this.
 
     Raises:
         ServerUnavailableError: No server answers.
-        ServerError: A server refuses to say what it serves, or they serve different models.
+        ServerError: A server does not report its model, or the servers have different models.
 
     Example:
         >>> from mbrl_text_env.language_models import ServerLM, embedded_tokenizer
@@ -137,7 +137,7 @@ class ServerLM(Tokenized, LanguageModel):
         return f"ServerLM({self.base_urls!r}, name={self.name!r})"
 
     def __getstate__(self) -> dict[str, Any]:
-        # Connections stay behind; another process makes its own.
+        # Connections are not pickled; another process opens its own.
         return {**self.__dict__, "_transport": None, "_lock": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -145,7 +145,7 @@ class ServerLM(Tokenized, LanguageModel):
         self._lock = threading.Lock()
 
     def identity(self) -> dict[str, Any]:
-        """What tells this model from others: its names, addresses and tokenizer."""
+        """What distinguishes this model: its names, addresses and tokenizer."""
         return {
             "name": self.name,
             "model": self.model,
@@ -160,16 +160,16 @@ class ServerLM(Tokenized, LanguageModel):
 
     @property
     def losses(self) -> tuple[str, ...]:
-        """What the servers could not give so far, in words."""
+        """Descriptions of what the servers could not provide so far."""
         return tuple(self._losses)
 
     @property
     def served(self) -> dict[str, int]:
-        """Requests that each server has answered since the connections were made."""
+        """Number of requests that each server has answered since the connections were opened."""
         return self._transport.served if self._transport else {}
 
     def close(self) -> None:
-        """Close the connections; the next call makes new ones."""
+        """Close the connections; the next call opens new ones."""
         with self._lock:
             transport, self._transport = self._transport, None
         if transport is not None:
@@ -178,10 +178,10 @@ class ServerLM(Tokenized, LanguageModel):
     def sample_requests(
         self, requests: Sequence[SampleRequest], *, ledgers: Sequence[Ledger] | None = None
     ) -> list[list[Chunk]]:
-        """Draw chunks, all at once; see `LanguageModel.sample_requests`.
+        """Sample chunks concurrently; see `LanguageModel.sample_requests`.
 
         Raises:
-            ServerError: A server refuses, fails, does not answer, or answers what it should not.
+            ServerError: A server rejects a request, fails, does not answer, or answers invalidly.
         """
         cut = self._fitted(requests, ledgers)
         with timed(ledgers):
@@ -191,7 +191,7 @@ class ServerLM(Tokenized, LanguageModel):
     async def sample_requests_async(
         self, requests: Sequence[SampleRequest], *, ledgers: Sequence[Ledger] | None = None
     ) -> list[list[Chunk]]:
-        """See `sample_requests`; other coroutines go on meanwhile, and no thread waits."""
+        """Async `sample_requests`, without blocking the event loop or a thread."""
         cut = self._fitted(requests, ledgers)
         began = time.perf_counter()
         try:
@@ -213,7 +213,7 @@ class ServerLM(Tokenized, LanguageModel):
         """Log-probabilities of given chunks; see `LanguageModel.logprobs`.
 
         Raises:
-            UnsupportedByServerError: The server cannot judge given tokens.
+            UnsupportedByServerError: The server cannot score given tokens.
         """
         base.check_judging_arguments(states, chunks)
         self._check_budgets(ledgers)
@@ -228,16 +228,16 @@ class ServerLM(Tokenized, LanguageModel):
 
     @property
     def most_next_tokens(self) -> int:
-        """The most that `next_tokens` can be asked for, of every server."""
+        """The largest k for `next_tokens` that every server supports."""
         return min(engine.most_next_tokens for engine in self._engines.values())
 
     def next_tokens(
         self, states: Sequence[TextState], k: int, *, ledgers: Sequence[Ledger] | None = None
     ) -> list[NextTokens]:
-        """The most probable next tokens; see `LanguageModel.next_tokens`. One is generated for it.
+        """The most probable next tokens; see `LanguageModel.next_tokens`. Generates one token each.
 
         Raises:
-            UnsupportedByServerError: The server does not give them with their ids.
+            UnsupportedByServerError: The server does not return them with their ids.
         """
         base.check_next_tokens(states, k, self.most_next_tokens)
         self._check_budgets(ledgers)
@@ -252,9 +252,9 @@ class ServerLM(Tokenized, LanguageModel):
         return [next_tokens for next_tokens, _ in found]
 
     def usage_bound(self, prefix_tokens: int, new_tokens: Sequence[int]) -> Usage:
-        """2 x parameters for each token of the chunks, and of the prefix for each of them.
+        """2 x parameters for each token of the chunks, and for the prefix of each chunk.
 
-        Attention is left out, since servers do not say what their models look like.
+        Attention is not included, because servers do not report the model's shape.
         """
         return self._usage(prefix_tokens * max(1, len(new_tokens)), 0, sum(new_tokens))
 
@@ -275,7 +275,7 @@ class ServerLM(Tokenized, LanguageModel):
         found: Sequence[tuple[Any, list[Bill]]],
         new: int = 0,
     ) -> None:
-        """Charge what was read of each state's prefix and of `more` tokens after it."""
+        """Charge the prefix tokens processed for each state, and `more` tokens after it."""
         usages = []
         for state, beyond, (_, bills) in zip(states, more, found, strict=True):
             length = len(base.prefix_of(state)) + beyond
@@ -298,7 +298,7 @@ class ServerLM(Tokenized, LanguageModel):
         if not self.counts_flops and any(ledger.budget.flops for ledger in ledgers or ()):
             raise ServerConfigError(
                 f"A budget in FLOPs needs the number of parameters of {self.name!r}, which the "
-                "server does not say. Pass num_parameters= (--num-parameters), or a budget in "
+                "server does not report. Pass num_parameters= (--num-parameters), or a budget in "
                 "tokens."
             )
 
@@ -326,9 +326,9 @@ class ServerLM(Tokenized, LanguageModel):
         ]
 
     async def _draw(self, request: SampleRequest) -> Drawing:
-        """The chunks of a request: in one request where the servers draw several samples."""
+        """Sample the chunks of a request, in one server request if it supports several samples."""
         last = request.first_sample + request.num_samples
-        # Greedy samples are all alike, and vLLM refuses to draw several.
+        # Greedy samples are identical, and vLLM rejects several of them.
         draws_many = all(engine.draws_many for engine in self._engines.values())
         size = _MOST_SAMPLES if draws_many and request.params.temperature else 1
         bills: list[Bill] = []
@@ -340,7 +340,7 @@ class ServerLM(Tokenized, LanguageModel):
         async def draw(first: int) -> list[Drawn]:
             chunks = [Drawn() for _ in range(first, min(first + size, last))]
             if size > 1:
-                # The engine adds the sample's place: sample k has the seed of all plus k.
+                # The engine adds the sample index to the seed: sample k uses the base seed plus k.
                 common = base.stream(request.seed, request.state, -1).integers(_SEEDS)
                 await ask(chunks, int(common) + first)
             for k, drawn in enumerate(chunks, start=first):
@@ -355,7 +355,7 @@ class ServerLM(Tokenized, LanguageModel):
     async def _at_one(self, ask: Callable[[Engine, Call], Awaitable[T]]) -> T:
         transport = self._transport
         if transport is None:
-            raise asyncio.CancelledError  # It was closed meanwhile.
+            raise asyncio.CancelledError  # Closed in the meantime.
 
         async def job(url: str) -> T:
             return await ask(await self._look(url, transport.call), transport.call)
@@ -371,23 +371,23 @@ class ServerLM(Tokenized, LanguageModel):
             theirs = _short(other.model)
             if self.model is None and None not in (ours, theirs) and ours != theirs:
                 raise ServerError(
-                    f"{other.url} serves {theirs!r} and {url} serves {ours!r}. A fleet has to "
-                    "serve one model; pass model= if they only call it differently."
+                    f"{other.url} serves {theirs!r} and {url} serves {ours!r}. All servers must "
+                    "serve one model; pass model= if only its names differ."
                 )
         return self._engines.setdefault(url, engine)
 
     async def _look_at_all(self) -> None:
-        """At those that are there, at least one."""
+        """Query the models of all available servers, at least one."""
 
         async def others(engine: Engine, call: Call) -> None:
             for url in self.base_urls:
-                with suppress(TransientError):  # It is asked when it is back.
+                with suppress(TransientError):  # Queried when it is available again.
                     await self._look(url, call)
 
         await self._at_one(others)
 
     def _tell(self) -> None:
-        """Warn of new losses, from the caller's thread."""
+        """Warn about new losses, from the caller's thread."""
         with self._lock:
             new, self._told = self._losses[self._told :], len(self._losses)
         for text in new:
@@ -417,7 +417,7 @@ def _short(model: str | None) -> str | None:
 
 
 def _prefix_bill(bills: Sequence[Bill], once: int, most: int) -> tuple[int, int]:
-    """Prompt tokens that were computed and cached, as billed; `once` where that is not said."""
+    """Computed and cached prompt tokens, as billed; `once` if they are not reported."""
     counts = [(bill.prompt, bill.cached or 0) for bill in bills if bill.prompt is not None]
     if not counts or len(counts) < len(bills):
         return once, 0

@@ -1,7 +1,6 @@
-"""Small language models whose distributions are known exactly.
+"""Small language models with exactly known distributions.
 
-They answer what a search should have found: all responses can be enumerated with their
-probabilities.
+All responses can be enumerated with their probabilities, which gives the optimum for a search.
 """
 
 from __future__ import annotations
@@ -25,16 +24,16 @@ from mbrl_text_env.language_models.guarding import replacements, weighted_token
 from mbrl_text_env.types import Chunk, FinishReason, Ledger, Prompt, TextState, Usage, timed
 
 STOP = 0
-"""Id of the stop token of every toy."""
+"""Id of the stop token of every toy model."""
 Ids = tuple[int, ...]
 Row = npt.NDArray[np.float64]
 
 
 class CharTokenizer:
-    """One token a character; id 0 is the stop token, the alphabet's characters follow.
+    """A character tokenizer: id 0 is the stop token, followed by the alphabet's characters.
 
     Raises:
-        ValueError: The alphabet is empty or has a character twice.
+        ValueError: The alphabet is empty or has duplicate characters.
 
     Example:
         >>> tokenizer = CharTokenizer("abc")
@@ -53,24 +52,24 @@ class CharTokenizer:
         self._id_of = {character: i + 1 for i, character in enumerate(alphabet)}
 
     def encode_prompt(self, prompt: Prompt) -> Ids:
-        """Ids of the prompt's characters; characters outside the alphabet are left out."""
+        """Encode the prompt's characters; characters outside the alphabet are skipped."""
         ids = tuple(self.encode_text(prompt.text))
         base.check_room(prompt, len(ids), self.context_length)
         return ids
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Characters of the ids, stop tokens left out."""
+        """Decode ids to characters, without stop tokens."""
         return "".join(map(self._texts.__getitem__, token_ids))
 
     def encode_text(self, text: str) -> list[int]:
-        """Ids of the characters; those outside the alphabet are left out."""
+        """Encode the characters; those outside the alphabet are skipped."""
         return [self._id_of[c] for c in text if c in self._id_of]
 
 
 class ExactLM(CharTokenizer, FeatureModel):
-    """A language model with a known next-token distribution.
+    """Base class of language models with a known next-token distribution.
 
-    It writes the characters of `alphabet`; ledgers are charged `flops_per_token`.
+    It generates the characters of `alphabet`; ledgers are charged `flops_per_token`.
     """
 
     guards = True
@@ -86,12 +85,12 @@ class ExactLM(CharTokenizer, FeatureModel):
 
     @abstractmethod
     def next_probabilities(self, prompt_ids: Ids, response_ids: Ids) -> Row:
-        """float64[vocab_size], the distribution of the next token."""
+        """Distribution of the next token, float64[vocab_size]."""
 
     def features(
         self, states: Sequence[TextState], *, ledgers: Sequence[Ledger] | None = None
     ) -> npt.NDArray[np.float32]:
-        """float32[B, vocab_size]: the distribution of the token after each prefix."""
+        """Distribution of the next token after each prefix, float32[B, vocab_size]."""
         with timed(ledgers):
             rows = [self.next_probabilities(s.prompt_ids, s.response_ids) for s in states]
         base.charge(ledgers, (self.usage_bound(len(base.prefix_of(state)), []) for state in states))
@@ -100,7 +99,7 @@ class ExactLM(CharTokenizer, FeatureModel):
     def sample_requests(
         self, requests: Sequence[SampleRequest], *, ledgers: Sequence[Ledger] | None = None
     ) -> list[list[Chunk]]:
-        """Draw chunks; see `LanguageModel.sample_requests`."""
+        """Sample chunks; see `LanguageModel.sample_requests`."""
         base.check_requests(requests, self.guards)
         with timed(ledgers):
             rows = [
@@ -158,15 +157,15 @@ class ExactLM(CharTokenizer, FeatureModel):
         ]
 
     def usage_bound(self, prefix_tokens: int, new_tokens: Sequence[int]) -> Usage:
-        """`flops_per_token` for every token of the prefix and of the chunks."""
+        """`flops_per_token` for each token of the prefix and the chunks."""
         new = sum(new_tokens)
         flops = self.flops_per_token * (prefix_tokens + new)
         return Usage(prompt_tokens=prefix_tokens, generated_tokens=new, lm_calls=1, lm_flops=flops)
 
     def responses(self, state: TextState, max_response_tokens: int) -> Iterator[tuple[Ids, float]]:
-        """Every complete response after `state` with its probability; they sum to 1.
+        """Yield every complete response after `state` with its probability; they sum to 1.
 
-        A response is complete when it ends with the stop token or has `max_response_tokens`.
+        A response is complete if it ends with the stop token or has `max_response_tokens` tokens.
         """
         if len(state.response_ids) >= max_response_tokens or state.finish_reason is not None:
             yield state.response_ids, 1.0
@@ -217,12 +216,12 @@ class ExactLM(CharTokenizer, FeatureModel):
 class TableLM(ExactLM):
     """A table from response prefixes to next-token distributions.
 
-    `table` has probabilities (float[len(alphabet) + 1], the stop token first) by the text of the
-    response prefix. A prefix that is not in it has the uniform distribution.
+    `table` maps the text of a response prefix to probabilities (float[len(alphabet) + 1], the stop
+    token first). Prefixes that are not in the table have the uniform distribution.
 
     Raises:
-        ValueError: A row has a wrong length, a negative entry, or does not sum to 1; or a prefix
-            has a character that is not in the alphabet.
+        ValueError: A row has the wrong length or a negative entry, or does not sum to 1, or a
+            prefix has a character outside the alphabet.
 
     Example:
         >>> model = TableLM("ab", {"": [0.0, 0.9, 0.1], "a": [1.0, 0.0, 0.0]})
@@ -248,7 +247,7 @@ class TableLM(ExactLM):
                     f"Row {prefix!r}: {sorted(unknown)} are not in the alphabet {alphabet!r}."
                 )
             values, size = np.array(row, dtype=np.float64), self.vocab_size
-            # Said so that NaN fails too.
+            # Written so that NaN fails too.
             if not (
                 values.shape == (size,) and values.min() >= 0 and abs(values.sum() - 1) <= 1e-9
             ):
@@ -268,8 +267,8 @@ class NGramLM(ExactLM):
     """An n-gram model with random probabilities, fixed by a seed.
 
     The next token depends on the last `order - 1` tokens of prompt and response. The stop token has
-    `stop_probability`, from 0 up to (not including) 1, at every place; the rest is drawn from a
-    symmetric Dirichlet distribution, peaked where its `concentration` is small.
+    `stop_probability`, in [0, 1), at every position. The rest is drawn from a symmetric Dirichlet
+    distribution, which is peaked for a small `concentration`.
     """
 
     def __init__(
@@ -311,7 +310,7 @@ def _guarded_token(
     params: SamplingParams,
     generator: np.random.Generator,
 ) -> tuple[int | None, float]:
-    """The drawn token or one in its place, and the logarithm of its weight; see `Guard`."""
+    """The sampled token or its replacement, and its log-weight; see `Guard`."""
     if guard.weighted:
         return weighted_token(drawn, shaped(own, params), may_follow, generator)
     if may_follow(drawn):
@@ -323,9 +322,9 @@ def _guarded_token(
 
 
 def draw_token(probabilities: Row, params: SamplingParams, uniform: float) -> int:
-    """Turn one uniform number in [0, 1) into a token of a distribution float64[V].
+    """Map a uniform number in [0, 1) to a token of a distribution, float64[V].
 
-    It is the inverse of the cumulative distribution, after temperature, top-k and top-p.
+    This inverts the cumulative distribution after temperature, top-k and top-p.
     """
     if params.temperature == 0:
         return int(np.argmax(probabilities))
@@ -335,10 +334,10 @@ def draw_token(probabilities: Row, params: SamplingParams, uniform: float) -> in
 
 
 def shaped(probabilities: Row, params: SamplingParams) -> Row:
-    """The distribution that tokens are drawn from: float64[V], sums to 1."""
+    """The distribution that tokens are sampled from, float64[V], which sums to 1."""
     if params.temperature == 0:
         return np.asarray(np.eye(len(probabilities))[np.argmax(probabilities)])
-    # Relative to the largest, so that no quotient by a small temperature overflows.
+    # Relative to the maximum, to avoid overflow at low temperatures.
     with np.errstate(divide="ignore", over="ignore"):
         logits = np.log(probabilities)
         weights = np.exp((logits - logits.max()) / params.temperature)
@@ -348,7 +347,7 @@ def shaped(probabilities: Row, params: SamplingParams) -> Row:
         weights[order[params.top_k :]] = 0.0
     if params.top_p < 1.0:
         cumulative = np.cumsum(weights[order]) / weights.sum()
-        # A token stays if the ones before it have not reached top_p; the first always does.
+        # A token is kept if those before it do not reach top_p, so the first always is.
         weights[order[1:][cumulative[:-1] >= params.top_p]] = 0.0
     return np.asarray(weights / weights.sum())
 

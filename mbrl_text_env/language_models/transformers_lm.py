@@ -1,6 +1,6 @@
-"""Any causal language model of transformers, by name or folder.
+"""Causal language models of transformers, by Hub name or folder.
 
-A state's prefix is computed once for all its samples; sequences that end make room for others.
+A state's prefix is computed once for all its samples; finished sequences are replaced by new ones.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from mbrl_text_env.types import Chunk, Ledger, TextState, Usage, check_positive,
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# A pass of the output layer takes this many tokens.
+# Number of tokens in a pass of the output layer.
 _LOGIT_ROWS = 256
 T = TypeVar("T")
 
@@ -49,36 +49,36 @@ T = TypeVar("T")
 class TransformersLM(Tokenized, FeatureModel):
     """A causal language model of transformers.
 
-    Llama, Mistral, Qwen2 and Qwen3 run on a lean forward pass of our own, others on their own
-    modules, with a prefix cache where their layers are attention alone; which way is right is tried
-    out when the model is loaded. Weights that are trained in place are noticed, and the cache is
-    emptied. A write that goes around PyTorch's version counters (`parameter.data.copy_`) is not:
-    call `weights_changed` then.
+    Llama, Mistral, Qwen2 and Qwen3 run on an optimised forward pass; other models run on their own
+    modules, with a prefix cache if all layers are attention. Which way is correct is tested when
+    the model is loaded. In-place training of the weights is detected and empties the cache. Writes
+    that bypass PyTorch's version counters (`parameter.data.copy_`) are not: call `weights_changed`
+    after them.
 
     Args:
-        model: Name on the Hub, folder, or a loaded transformers model.
+        model: Hub name, folder, or a loaded transformers model.
         tokenizer: Its tokenizer; by default loaded from the same name or folder.
-        name: What reports call it; by default the last part of the model's name or folder.
-        device: By default `"cuda"` where there is one, otherwise `"cpu"`.
-        dtype: A format or its name. By default float32 on a CPU and bfloat16 elsewhere. On a CPU,
-            bfloat16 and float16 are the format of weights and products alone. int8 is for CPUs and
-            the models named above: products of 8 bits with rotated inputs
-            (`networks.Int8Product`). With every reduced format the same call in another batch may
+        name: Name in reports; by default the last part of the model's name or folder.
+        device: By default `"cuda"` if available, otherwise `"cpu"`.
+        dtype: A dtype or its name. By default float32 on a CPU and bfloat16 elsewhere. On a CPU,
+            bfloat16 and float16 apply to weights and products only. int8 is for CPUs and
+            the models named above: 8-bit products with rotated inputs
+            (`networks.Int8Product`). With every reduced format, the same call in another batch can
             sample other tokens.
-        batch_size: Most sequences decoded together.
-        kv_bytes: Most bytes of keys and values: half for the sequences being decoded, the longer
-            the fewer together (a single one always is), half for the prefix cache. By default a
-            quarter of the memory that is free now, at most 4 GiB.
-        prefix_cache: Whether prefixes are kept between calls.
-        trial_file: A file that keeps that the fastest way of computing the model was right, with
-            these versions and on this kind of processor. It is then not tried again. For a model
-            whose files do not change; by default each loading tries (seconds).
+        batch_size: Maximum number of sequences decoded together.
+        kv_bytes: Maximum bytes of keys and values: half for the sequences being decoded (fewer at
+            once if they are long, but at least one), half for the prefix cache. By default a
+            quarter of the free memory, at most 4 GiB.
+        prefix_cache: Whether to cache prefixes between calls.
+        trial_file: File that records that the fastest way of computing the model was correct, with
+            these versions and on this kind of processor, so that it is not tested again. Use it
+            for a model whose files do not change; by default each load tests (seconds).
 
     Raises:
-        ModelLoadError: Nothing could be loaded, the model keeps no key-value cache (RWKV), or no
-            way is right.
-        ValueError: `batch_size` or `kv_bytes` is below 1, a loaded model came without a tokenizer,
-            `dtype` is no number format, or int8 is asked for where it is not offered.
+        ModelLoadError: Nothing could be loaded, the model has no key-value cache (RWKV), or no
+            way is correct.
+        ValueError: `batch_size` or `kv_bytes` is below 1, a loaded model has no tokenizer,
+            `dtype` is not a number format, or int8 is not supported.
 
     Example:
         >>> from mbrl_text_env.language_models import TransformersLM
@@ -104,14 +104,14 @@ class TransformersLM(Tokenized, FeatureModel):
         named = isinstance(model, (str, Path))
         if tokenizer is None and not named:
             raise ValueError(
-                "A loaded model needs its tokenizer too: pass TransformersLM(model, tokenizer=...)."
+                "A loaded model needs its tokenizer: pass TransformersLM(model, tokenizer=...)."
             )
         trials = trial_file if named else None
         self._options: dict[str, Any] = {"device": device, "dtype": dtype, "batch_size": batch_size}
         self._options |= {"kv_bytes": kv_bytes, "prefix_cache": prefix_cache}
         self._options |= {"trial_file": trials}
         kept = {**self._options, "name": name, "tokenizer": loading.from_anywhere(tokenizer)}
-        # What `_made_again` takes.
+        # The arguments of `_made_again`.
         self._recipe: tuple[Any, ...] | None = (
             (loading.from_anywhere(model), kept) if named else None
         )
@@ -132,7 +132,7 @@ class TransformersLM(Tokenized, FeatureModel):
         with torch.inference_mode():
             self._way = loading.choose_way(self.model, self.dtype, self.name, trials)
         self._network = self._way.network
-        # Most rows side by side where no network is used.
+        # Maximum number of rows together if no network is used.
         self._plain_rows = 1 if self._way.alone else batch_size
         if self._network is not None:
             self.cache_tokens = self._cache.max_bytes // self._network.shape.bytes_per_token
@@ -142,18 +142,18 @@ class TransformersLM(Tokenized, FeatureModel):
         self.vocab_size = config.vocab_size
         self.stop_token_ids, self.context_length = tokenizer.with_model(self.model)
         self.feature_size = config.hidden_size
-        # The input embedding is looked up, not multiplied; only a tied one is the output layer too.
+        # The input embedding is a lookup, not a product; only a tied one is also the output layer.
         lookup = 0 if loading.is_tied(self.model) else self.vocab_size * config.hidden_size
         self.num_parameters: int = self.model.num_parameters() - lookup
         self._attention_width = loading.attention_width(config)
-        # Beyond this length no keys and values of shorter prefixes can be used.
+        # Keys and values of shorter prefixes cannot be used beyond this length.
         self._switch: float = loading.length_switch(config) or math.inf
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self._recipe is None or self._weights_version() != self._loaded:
             came = "was made from a module in memory" if self._recipe is None else "was trained"
             raise pickle.PicklingError(
-                f"Language model {self.name!r} goes to another process as the name or folder that "
+                f"Language model {self.name!r} is sent to another process as the name or folder "
                 f"it is loaded from, but this one {came}. Save it with `lm.model.save_pretrained` "
                 "(and its tokenizer), and load it by folder: TransformersLM(folder)."
             )
@@ -161,16 +161,16 @@ class TransformersLM(Tokenized, FeatureModel):
 
     @property
     def cache_stats(self) -> engine.CacheStats:
-        """What the prefix cache found, missed and dropped so far."""
+        """Prefix cache hits, misses and evictions so far, in tokens."""
         return self._cache.stats
 
     @property
     def cached_bytes(self) -> int:
-        """Bytes of the prefixes that are kept."""
+        """Bytes of cached prefixes."""
         return self._cache.nbytes
 
     def identity(self) -> dict[str, Any]:
-        """What tells this model from others: its name, weights, number format and tokenizer."""
+        """What distinguishes this model: its name, weights, number format and tokenizer."""
         version = self._weights_version()
         if self._digests is None or self._digests[0] != version:
             self._digests = version, weights_digest(self.model)
@@ -182,21 +182,21 @@ class TransformersLM(Tokenized, FeatureModel):
         }
 
     def clear_cache(self) -> None:
-        """Forget all prefixes."""
+        """Clear all cached prefixes."""
         with self._lock:
             self._cache.clear()
             loading.return_free_memory()
 
     def weights_changed(self) -> None:
-        """Forget all prefixes, and the weights that int8 products were made from."""
+        """Clear all cached prefixes, and the weights of int8 products."""
         with self._lock:
             self._weights = ()
 
     def with_adapter(self, folder: str | Path, name: str | None = None) -> TransformersLM:
-        """This model with a LoRA adapter of peft, by its folder or name on the Hub.
+        """Return this model with a PEFT LoRA adapter, given by folder or Hub name.
 
-        Both can be used side by side; only the weights that the adapter changes are held twice.
-        By default its name is this model's and the folder's.
+        Both models can be used together; only the weights that the adapter changes are duplicated.
+        The default name joins the names of this model and the folder.
 
         Raises:
             ModelLoadError: There is no adapter, or it belongs to another model.
@@ -207,7 +207,7 @@ class TransformersLM(Tokenized, FeatureModel):
             reason = str(error).partition("\n")[0]
             raise ModelLoadError(
                 f"Expected the folder of a peft adapter for {self.name!r}, got {str(folder)!r} "
-                f"({type(error).__name__}: {reason}). An adapter fits the model that it was "
+                f"({type(error).__name__}: {reason}). An adapter fits only the model that it was "
                 "trained on; check `base_model_name_or_path` in its adapter_config.json."
             ) from error
         name = name or f"{self.name}+{Path(str(folder)).name}"
@@ -220,7 +220,7 @@ class TransformersLM(Tokenized, FeatureModel):
     def sample_requests(
         self, requests: Sequence[SampleRequest], *, ledgers: Sequence[Ledger] | None = None
     ) -> list[list[Chunk]]:
-        """Draw chunks; see `LanguageModel.sample_requests`."""
+        """Sample chunks; see `LanguageModel.sample_requests`."""
         check_requests(requests, self.guards)
         limits = [min(r.max_new_tokens, room_after(r.state, self.context_length)) for r in requests]
         chunks: list[list[Chunk]] = [[] for _ in requests]
@@ -246,7 +246,7 @@ class TransformersLM(Tokenized, FeatureModel):
         *,
         ledgers: Sequence[Ledger] | None = None,
     ) -> list[tuple[float, ...]]:
-        """Those of the model's own forward pass over state and chunk together."""
+        """Log-probabilities from the model's own forward pass over state and chunk together."""
         check_judging_arguments(states, chunks)
         prefixes = [prefix_of(state) for state in states]
         tokens = [chunk.token_ids for chunk in chunks]
@@ -273,13 +273,13 @@ class TransformersLM(Tokenized, FeatureModel):
     def features(
         self, states: Sequence[TextState], *, ledgers: Sequence[Ledger] | None = None
     ) -> npt.NDArray[np.float32]:
-        """float32[B, hidden_size]: the last layer's hidden state of each prefix's last token.
+        """Last-layer hidden state of each prefix's last token, float32[B, hidden_size].
 
-        What is computed here is kept: sampling from the same states does not compute it again.
+        Computed prefixes are cached, so sampling from the same states does not repeat the work.
         """
 
         def read(i: int, hidden: Tensor) -> npt.NDArray[np.float32]:
-            # A copy: the next pass computes in the same memory.
+            # Copied, because the next pass uses the same memory.
             return hidden[-1].float().cpu().numpy().copy()
 
         sequences = [prefix_of(state) for state in states]
@@ -287,16 +287,16 @@ class TransformersLM(Tokenized, FeatureModel):
         return np.array(rows, dtype=np.float32).reshape(len(states), self.feature_size)
 
     def usage_bound(self, prefix_tokens: int, new_tokens: Sequence[int]) -> Usage:
-        """2 x parameters for each token of the prefix and of the chunks, plus attention."""
+        """2 x parameters for each token of the prefix and the chunks, plus attention."""
         passes = 1
         if self._network is None or prefix_tokens > self._switch:
-            # Without a cache, samples that do not fit into one batch do not share their prefix.
+            # Without a cache, samples in different batches do not share their prefix.
             passes = max(1, math.ceil(len(new_tokens) / self._plain_rows))
         computed = passes * prefix_tokens
         if self._network is None or prefix_tokens + max(new_tokens, default=0) > self._switch + 1:
             computed += sum(self._repeated(prefix_tokens, new) for new in new_tokens)
         if prefix_tokens <= self._switch:
-            # What crosses the switch is judged as a whole, and computed anew there if it goes on.
+            # Beyond the switch, a sequence is judged as a whole, and recomputed if it continues.
             lengths = [prefix_tokens + new for new in new_tokens]
             computed += sum(length for length in lengths if length > self._switch)
             computed += sum(length for length in lengths if length > self._switch + 1)
@@ -313,7 +313,7 @@ class TransformersLM(Tokenized, FeatureModel):
         ledgers: Sequence[Ledger] | None,
         read: Callable[[int, Tensor], T],
     ) -> list[T]:
-        """What is read of each sequence's hidden states, which are charged to their ledgers."""
+        """Apply `read` to each sequence's hidden states, and charge them to its ledger."""
         found: dict[int, T] = {}
         computed = [0] * len(sequences)
         with timed(ledgers), self._lock, torch.inference_mode():
@@ -328,7 +328,7 @@ class TransformersLM(Tokenized, FeatureModel):
         return tuple((p.data_ptr(), p._version) for p in self.model.parameters())
 
     def _refresh(self) -> None:
-        """Notice weights that were trained since the last call; dropout is for training alone."""
+        """Detect weights trained since the last call; disable dropout, which is for training."""
         if self.model.training:
             self.model.eval()
         weights = self._weights_version()
@@ -341,21 +341,21 @@ class TransformersLM(Tokenized, FeatureModel):
     def _cached_batch(
         self, wanted: int, longest: int, capacity: int
     ) -> tuple[engine.CachedBatch, int]:
-        """An empty batch of up to `wanted` rows within the memory allowed, and its rows."""
+        """An empty batch of up to `wanted` rows within the memory limit, and its number of rows."""
         assert self._network is not None
         shape = self._network.shape
         fitting = self.kv_bytes // 2 // (shape.bytes_per_token * capacity)
         rows = max(1, min(wanted, self.batch_size, fitting))
         kv = self._kv
         if kv is None or kv.allocated[0] < rows or kv.allocated[1] < capacity:
-            self._kv = None  # Two of them at once would not be within the bound.
+            self._kv = None  # Two of them at once would exceed the limit.
             kv = self._kv = KVBatch(shape, rows, capacity)
-        # As if it were new: what was sampled before may not change what is sampled now.
+        # Reset, so that earlier samples cannot affect these.
         kv.clear(longest, capacity)
         return engine.CachedBatch(self._network, self._cache, kv), rows
 
     def _run(self, queue: Sequence[Sampled]) -> list[int]:
-        """Sample the queue; returns the prefix tokens computed for each request."""
+        """Sample the queue; return the prefix tokens computed for each request."""
         computed = [0] * (1 + max((chunk.request for chunk in queue), default=-1))
         self._refresh()
         switch = self._switch
@@ -368,7 +368,7 @@ class TransformersLM(Tokenized, FeatureModel):
             chunk.limit = limit
         fresh = [chunk for chunk in queue if not chunk.tokens]
         self._decode(fresh + [c for c in near if not c.is_done(self)], computed, None)
-        # As `logprobs` gives them: a pass over the whole sequence, with its angles.
+        # As in `logprobs`: a pass over the whole sequence, with its angles.
         crossing = [chunk for chunk in near if len(chunk.sequence) > switch]
         prefixes = [prefix_of(chunk.state) for chunk in crossing]
         sequences = [self._judging(p, c.tokens) for p, c in zip(prefixes, crossing, strict=True)]
@@ -380,7 +380,7 @@ class TransformersLM(Tokenized, FeatureModel):
     def _decode(
         self, queue: Sequence[Sampled], computed: list[int], network: Network | None
     ) -> None:
-        """Sample chunks, over kept keys and values where a network is given."""
+        """Sample chunks, over cached keys and values if a network is given."""
         if not queue:
             return
         if network is None:
@@ -393,19 +393,19 @@ class TransformersLM(Tokenized, FeatureModel):
             return
         longest = max(len(chunk.sequence) for chunk in queue)
         capacity = max(len(chunk.sequence) + chunk.limit for chunk in queue)
-        # Room to go on without moving anything while rows come and go.
+        # Spare columns, to avoid moving data while rows are added and dropped.
         capacity += capacity // 4 if len(queue) > self.batch_size else 0
         cached, rows = self._cached_batch(len(queue), longest, capacity)
         fill_in(queue, cached, rows, self, computed)
 
     def _repeated(self, prefix: int, new: int) -> int:
-        """Tokens computed again for `new` tokens after a prefix, where nothing is kept of them."""
+        """Tokens recomputed for `new` tokens after a prefix, if nothing is cached."""
         return 0 if self._way.steps else sum(prefix + place for place in range(new - 1))
 
     def _hidden(
         self, sequences: Sequence[Tokens], firsts: Sequence[int]
     ) -> Iterator[tuple[int, Tensor, int]]:
-        """Index, hidden states from place `firsts[i]` to the end, and tokens computed for it."""
+        """Yield index, hidden states from position `firsts[i]` to the end, and computed tokens."""
         self._refresh()
         near = [i for i in range(len(sequences)) if len(sequences[i]) <= self._switch]
         far = [i for i in range(len(sequences)) if len(sequences[i]) > self._switch]
@@ -435,12 +435,12 @@ class TransformersLM(Tokenized, FeatureModel):
                     yield i, hidden[firsts[i] :], len(sequences[i])
 
     def _judging(self, prefix: Tokens, tokens: Sequence[int]) -> Tokens:
-        """What a pass goes over to judge tokens; the last one only where it crosses the switch."""
+        """Tokens to process when judging `tokens`; the last one only matters across the switch."""
         crosses = len(prefix) + len(tokens) - 1 == self._switch
         return (*prefix, *(tokens if crosses else tokens[:-1]))
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        """float32[n, V] of hidden states, in parts: logits are large."""
+        """Logits of hidden states, float32[n, V], in parts to limit memory."""
         own = self._network or self._way.own
         return torch.cat([own.logits(part) for part in hidden.split(_LOGIT_ROWS)])
 
@@ -451,7 +451,7 @@ def _made_again(
     options: dict[str, Any],
     *adapters: tuple[Any, str],
 ) -> TransformersLM:
-    """A language model in another process, with each adapter by folder and name."""
+    """Load a pickled language model in another process, with its adapters by folder and name."""
     lm = TransformersLM(model, **options)
     for folder, name in adapters:
         lm = lm.with_adapter(folder, name)
@@ -461,8 +461,8 @@ def _made_again(
     differing = [f"{k}: {identity[k]}, now {found[k]}" for k in kept if found[k] != identity[k]]
     if differing:
         raise ModelLoadError(
-            f"Expected language model {lm.name!r} as it was pickled, got another one from "
-            f"{str(model)!r} ({', '.join(differing)}). Have the same files on every machine, and "
-            "give dtype: its default differs between a CPU and a GPU."
+            f"Expected language model {lm.name!r} as it was pickled, got a different one from "
+            f"{str(model)!r} ({', '.join(differing)}). Use the same files on every machine, and "
+            "set dtype: its default differs between CPU and GPU."
         )
     return lm

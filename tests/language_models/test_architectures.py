@@ -24,7 +24,7 @@ EXPECTED = {
     "bart": "no prefix cache, one sequence at a time",  # positions by the column
 }
 # What is large for its size, or takes seconds to be built, is left to the whole sweep.
-NOT_CAUSAL = {"rwkv": "keeps no key-value cache", "cpmant": "no causal language model"}
+NOT_CAUSAL = {"rwkv": "keeps no key-value cache", "cpmant": "not a causal language model"}
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -142,7 +142,7 @@ class TestArguments:
 
     @pytest.mark.parametrize("seeds", [[], [0, 1]])
     def test_seeds_of_another_length(self, seeds):
-        with pytest.raises(ValueError, match=rf"one seed a state \(1\), got {len(seeds)}"):
+        with pytest.raises(ValueError, match=rf"one seed per state \(1\), got {len(seeds)}"):
             check_sample_arguments([STATE], 1, 1, seeds)
 
     @pytest.mark.parametrize("reason", ["stop", "length"])

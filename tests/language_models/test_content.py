@@ -372,7 +372,7 @@ class TestWhatATemplateRefuses:
     )
     def test_it_names_the_prompt_and_what_to_change(self, name, messages, reason):
         match = (
-            rf"'p7': the tokenizer's chat template refuses.*{reason}.*system message.*chat=False"
+            rf"'p7': the tokenizer's chat template rejects.*{reason}.*system message.*chat=False"
         )
         with pytest.raises(ValueError, match=match):
             TOKENIZERS[name].encode_prompt(Prompt("p7", messages))
@@ -384,7 +384,7 @@ class TestWhatATemplateRefuses:
 
     def test_a_message_that_it_leaves_out(self):
         messages = (Message("user", "Hi"), Message("moderator", "Be kind."))
-        with pytest.raises(ValueError, match=r"'p7'.*leaves out message 2.*'moderator'"):
+        with pytest.raises(ValueError, match=r"'p7'.*omits message 2.*'moderator'"):
             HFTokenizer(
                 byte_level(
                     "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}"

@@ -134,7 +134,7 @@ class TestDamage:
         self, copied, quick_conversion, damage
     ):
         damage(copied)
-        with pytest.warns(UserWarning, match="v1 is damaged; converting the model anew"):
+        with pytest.warns(UserWarning, match="v1 is damaged; converting the model again"):
             tokenizer = load_tokenizer()
         assert len(quick_conversion) == 1
         assert tokenizer.vocab_size == 49_152

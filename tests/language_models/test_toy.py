@@ -397,11 +397,11 @@ class TestSample:
             ([state()], 1, 1, [0, 1]),
             ([ended], 1, 1, [0]),
         ]:
-            with pytest.raises(ValueError, match=r"at least 1|one seed a state|has ended"):
+            with pytest.raises(ValueError, match=r"at least 1|one seed per state|has ended"):
                 model.sample(states, n, limit, seeds=seeds)
         with pytest.raises(ValueError, match="has ended"):
             model.logprobs([ended], [Chunk((1,))])
-        with pytest.raises(ValueError, match="one chunk a state"):
+        with pytest.raises(ValueError, match="one chunk per state"):
             model.logprobs([state()], [])
         with pytest.raises(ValueError, match="shorter"):
             model.sample([state()] * 2, 1, 1, seeds=[0, 0], ledgers=[Ledger()])

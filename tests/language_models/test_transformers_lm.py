@@ -261,7 +261,7 @@ class TestSample:
         lm, states = tiny("llama"), random_states([4, 4])
         with pytest.raises(ValueError, match="at least 1"):
             lm.sample(states, 0, 1, seeds=[0, 1])
-        with pytest.raises(ValueError, match="one seed a state"):
+        with pytest.raises(ValueError, match="one seed per state"):
             lm.sample(states, 1, 1, seeds=[0])
         ended = TextState(states[0].prompt, (3, 4), (1,), "stop")
         with pytest.raises(ValueError, match="has ended"):
@@ -269,7 +269,7 @@ class TestSample:
         with pytest.raises(ValueError, match="has ended"):
             lm.logprobs([ended], [Chunk((3,))])
         for chunks in ([Chunk((3,))], [Chunk((3,))] * 3):
-            with pytest.raises(ValueError, match=rf"one chunk a state \(2\), got {len(chunks)}"):
+            with pytest.raises(ValueError, match=rf"one chunk per state \(2\), got {len(chunks)}"):
                 lm.logprobs(states, chunks)
         assert lm.features([ended]).shape == (1, 32)
 
@@ -483,7 +483,7 @@ class TestLoading:
         assert TransformersLM(str(model_folder("gpt2"))).name == "tiny-gpt2"
 
     def test_a_loaded_model_without_tokenizer(self, tiny):
-        with pytest.raises(ValueError, match=r"its tokenizer too: pass TransformersLM\(model"):
+        with pytest.raises(ValueError, match=r"its tokenizer: pass TransformersLM\(model"):
             TransformersLM(tiny("llama").model)
 
     @pytest.mark.parametrize("dtype", ["int99", "nn", 8])
@@ -606,7 +606,7 @@ class TestHFTokenizer:
         lm = TransformersLM(tiny("llama").model, tokenizer=larger)
         assert len(larger) > lm.vocab_size
         assert lm.encode_prompt(Prompt("p", "The fox"))
-        with pytest.raises(UnknownTokenError, match=r"'p7'.*'zyzzyva39'.*knows the tokens 0 to"):
+        with pytest.raises(UnknownTokenError, match=r"'p7'.*'zyzzyva39'.*only has the tokens 0 to"):
             lm.encode_prompt(Prompt.from_text("The zyzzyva39", "p7"))
 
     def test_a_shorter_context_of_ones_own(self, tiny, tokenizer):
