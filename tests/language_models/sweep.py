@@ -1,8 +1,7 @@
-"""How `TransformersLM` computes each causal family of transformers, and how exactly.
+"""How `TransformersLM` computes each causal family of transformers, and with what error.
 
-`python -m tests.language_models.sweep results.json [family ...]` measures tiny models, and resumes
-if the file exists. `python -m tests.language_models.sweep --page docs/architectures.md results.json
-[other.json ...]` writes the page, for one or more versions of transformers.
+`python -m tests.language_models.sweep results.json [family ...]` measures tiny models and resumes.
+`... --page docs/architectures.md RESULTS...` writes the page, for one or more versions.
 """
 
 from __future__ import annotations
