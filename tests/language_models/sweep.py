@@ -1,8 +1,7 @@
-"""Every causal family of transformers, tiny: how it is computed, and how far that is off.
+"""How `TransformersLM` computes each causal family of transformers, and with what error.
 
-`python -m tests.language_models.sweep results.json [family ...]` writes what it finds, and goes on
-with a file that it began. `python -m tests.language_models.sweep --page docs/architectures.md
-results.json [other.json ...]` writes the page, of one or more versions of transformers.
+`python -m tests.language_models.sweep results.json [family ...]` measures tiny models and resumes.
+`... --page docs/architectures.md RESULTS...` writes the page, for one or more versions.
 """
 
 from __future__ import annotations
@@ -74,14 +73,15 @@ def _line(error: Exception) -> str:
 
 _INTRODUCTION = """# Architectures
 
-How each causal family of transformers is computed, found with a tiny model of random weights:
-{counts}.
-Every log-probability of `sample` (drawn and greedy), `logprobs`, `next_tokens` and `features`, with
-prefixes kept and without, alone and in a batch of different lengths, was compared with the model's
-own forward pass. The column says by how much the worst one differed (nats). Measured with
-{versions}, in float32 on a CPU.
-A row names the version where versions differ. A real model of a family may be computed in another
-way than its tiny one: each is tried out when it is loaded.
+How `TransformersLM` computes each causal family, measured on tiny models with random weights:
+
+{counts}
+
+A real model can be computed in another way than its tiny one: each is tested when it is loaded.
+The results of `sample` (random and greedy), `logprobs`, `next_tokens` and `features`, with and
+without cached prefixes, alone and in batches of different lengths, were compared with the model's
+own forward pass. The column is the largest difference of a log-probability (nats) or a feature.
+Measured with {versions}, in float32 on a CPU. A row names a version if they differ.
 
 ```console
 python -m tests.language_models.sweep results.json
@@ -89,14 +89,14 @@ python -m tests.language_models.sweep --page docs/architectures.md results.json
 ```
 """
 _SECTIONS = {
-    "prefix cache": "Keys and values of prefixes are kept",
-    "no prefix cache": "No prefixes are kept; samples of a state share its pass, rows side by side",
-    "no prefix cache, one sequence at a time": "No prefixes are kept, one sequence at a time",
-    "no cache, one sequence at a time": "A pass over the whole sequence for each token",
+    "prefix cache": "With the prefix cache",
+    "no prefix cache": "Without the prefix cache; samples of a state share one pass over it",
+    "no prefix cache, one sequence at a time": "Without the prefix cache, one sequence at a time",
+    "no cache, one sequence at a time": "A full forward pass for each token",
     REFUSED: "Refused with `ModelLoadError`",
     WRONG: "Wrong",
     FAILED: "Failed",
-    NOT_TINY: "No tiny model could be made here, so nothing is known",
+    NOT_TINY: "Not measured: no tiny model could be built",
 }
 
 
@@ -107,7 +107,7 @@ def page(sweeps: list[dict[str, Any]]) -> str:
         for family, (section, detail) in sweep["families"].items():
             rows[section].setdefault(family, []).append((sweep["transformers"], detail))
     counts = [
-        f"with transformers {s['transformers']}, {sum(r[0] in list(_SECTIONS)[:4] for r in found)} "
+        f"- transformers {s['transformers']}: {sum(r[0] in list(_SECTIONS)[:4] for r in found)} "
         f"of {len(found)} agree to {TOLERANCE:g}, {sum(r[0] == REFUSED for r in found)} are refused"
         for s in sweeps
         for found in [list(s["families"].values())]
@@ -115,10 +115,10 @@ def page(sweeps: list[dict[str, Any]]) -> str:
     versions = " and ".join(
         f"transformers {s['transformers']} (torch {s['torch']})" for s in sweeps
     )
-    parts = [_INTRODUCTION.format(counts="; ".join(counts), versions=versions)]
+    parts = [_INTRODUCTION.format(counts="\n".join(counts), versions=versions)]
     for section, title in _SECTIONS.items():
         if rows[section]:
-            head = "off by (nats)" if section in list(_SECTIONS)[:4] else "why"
+            head = "largest error (nats)" if section in list(_SECTIONS)[:4] else "reason"
             lines = [_row(f, found, len(sweeps)) for f, found in sorted(rows[section].items())]
             parts.append(
                 "\n".join([f"## {title}\n", f"| family | {head} |", "|---|---|", *lines, ""])
