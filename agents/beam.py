@@ -126,7 +126,7 @@ class Adaptive(Planner):
 
     Each stage samples as many candidate chunks as the budget allows until the end. Of n candidates,
     the best n / `candidates_per_beam` are kept, and also all candidates within `margin` of the last
-    one kept. Chunks start as short as is cost-effective. They double in length after a stage in
+    one kept. Chunks start as short as `value_share` allows. They double in length after a stage in
     which all candidates have equal values, and return to the start length after any other stage.
 
     A partial response is dropped if the best complete response exceeds its mean value by more than
@@ -244,8 +244,8 @@ class ParticleFilter(Planner):
     language model, and its weight is multiplied by exp((value after - value before) /
     `temperature`). Particles are resampled at the end, and whenever the effective sample size falls
     below half their number. The sampled distribution approaches the language model's times
-    exp(reward / `temperature`); with `guarded=1` it is restricted to responses that reach the
-    target. The answer is the best of them. `Node.visits` counts the particles that passed through.
+    exp(reward / `temperature`), with `guarded=1` over responses that reach the target. The answer
+    is the best of them. `Node.visits` counts the particles that continued or ended at the node.
 
     Sources: Zhao et al., "Probabilistic Inference in Language Models via Twisted Sequential Monte
     Carlo", 2024 (the target and the twist functions); Puri et al., "A Probabilistic Inference

@@ -136,8 +136,8 @@ def missing_samples(
             )
         if record.sample in there[name]:
             raise RecordsError(
-                f"The folder holds sample {record.sample} of prompt {name!r} twice. Remove the "
-                "duplicate shard from the folder."
+                f"The folder holds sample {record.sample} of prompt {name!r} twice. Move the "
+                "duplicate shard out of the folder."
             )
         there[name].add(record.sample)
     return {name: [k for k in range(samples) if k not in found] for name, found in there.items()}

@@ -143,8 +143,8 @@ def run(searches: Sequence[Begin[T]], most_at_once: int = MOST_AT_ONCE) -> list[
     Searches can only await calls (`ask`). No event loop is used, so this works inside one, too.
 
     Raises:
-        BaseException: The error of the first search in the list that failed; if several fail at
-            the same time, the others' errors are dropped. All other searches are closed.
+        BaseException: The error of a failed search; if several fail at the same time, that of the
+            first in the list. All other searches are closed.
     """
     take, results = _kept(searches)
     with closing(_calls(take, most_at_once)) as calls:

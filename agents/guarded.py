@@ -40,7 +40,7 @@ class Guarded(Planner):
 
     Scoring a text that may end is charged as a reward call; bounds and suggestions are free.
     Inserted tokens have the language model's log-probabilities, which are charged. A server that
-    cannot compute them needs `additions=0`. A model without `guards` is resampled instead.
+    cannot compute them needs `additions=0`. Models without `guards` resample rejected positions.
 
     Source: Lipkin et al., "Fast Controlled Generation from Language Models with Adaptive Weighted
     Rejection Sampling", 2025 (lazy checks). Deviation: there are no weights, because the verifier

@@ -205,8 +205,8 @@ class Screened(Planner):
 
     Args:
         value_model: Ranks partial and complete responses. None means best-of-N.
-        candidates: Chunks per stage, limited by the budget. None takes as many as there are
-            responses in the price of one reward call, but at least 4.
+        candidates: Chunks per stage, limited by the budget. None takes the price of a
+            reward call divided by that of sampling a response, but at least 4.
         finalists: Responses to score after a round. None takes as many as cost the same as the
             round's candidates, but at least one.
 

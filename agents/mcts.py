@@ -118,7 +118,7 @@ class MCTS(Planner):
         widening: Chunks that a node can have after its first visit, above 0.
         widening_power: Growth of that number with the visit count, 0 to 1.
         max_considered: Maximum number of chunks that the `"gumbel"` root considers.
-        batch_size: Concurrent simulations. More are faster for a single prompt, but less exact.
+        batch_size: Concurrent simulations. More are faster for one prompt, but find a little less.
         reuse_tree: Whether `act` reuses the tree of the previous decision with the same seed, at
             no cost. The last 256 trees are kept.
 

@@ -63,7 +63,7 @@ class Sampling(Blind):
 
 
 class RandomAgent(Blind):
-    """Sample tokens uniformly from the vocabulary: a lower bound for every agent, at no cost."""
+    """Sample tokens uniformly from the vocabulary, at no cost: the weakest baseline."""
 
     name = "random"
 
@@ -265,7 +265,7 @@ class Majority(Blind):
 
 @dataclass(eq=False, kw_only=True)
 class WeightedVote(Majority):
-    """Majority voting in which each vote is weighted by the sample's length-normalized probability.
+    """Majority voting in which each vote is weighted by the sample's length-normalised probability.
 
     The weight is the exponential of the mean token log-probability (nats) under the language model
     itself: the "weighted sum (normalized)" of Wang et al., 2023. Among samples with the winning

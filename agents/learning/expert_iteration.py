@@ -145,7 +145,7 @@ class ExpertIteration:
             if len(self.train) < _FEW_PROMPTS:
                 warnings.warn(
                     f"{len(self.train)} train prompts: with fewer than {_FEW_PROMPTS}, a policy "
-                    "can memorize the prompts instead of learning the task. Watch the "
+                    "can memorise the prompts instead of learning the task. Watch the "
                     "validation score, or add prompts.",
                     stacklevel=2,
                 )

@@ -231,7 +231,7 @@ class Answers:
 
     @classmethod
     def of(cls, records: Sequence[Record], num_failed: int = 0) -> Answers:
-        """Summarize records."""
+        """Summarise records."""
         scores, hinted = scores_of(records), [r.agent.endswith(HINTED) for r in records]
         counts = len(records), len({record.prompt_id for record in records}), sum(hinted)
         spread = float(np.mean(scores)), float(np.std(scores)), min(scores)
@@ -256,7 +256,7 @@ class Validation:
     def of(
         cls, records: Sequence[Record], divergence: Divergence | None, gold: GoldCheck | None
     ) -> Validation:
-        """Summarize records."""
+        """Summarise records."""
         by_prompt: dict[str, list[float]] = defaultdict(list)
         for record, score in zip(records, scores_of(records), strict=True):
             by_prompt[record.prompt_id].append(score)

@@ -83,7 +83,7 @@ class Guard:
     replaced by one of the most probable tokens that are allowed. If none is allowed, the chunk ends
     with the token sampled first. Without a rejection, the result equals plain sampling. An allowed
     token has the plain sampling distribution; a replacement has the model's at the same
-    temperature, restricted to allowed tokens. Each token is renormalized separately, so responses
+    temperature, restricted to allowed tokens. Each token is renormalised separately, so responses
     are not samples of the model's distribution over allowed responses.
 
     Language models without `guards`, such as servers, sample whole chunks, which are cut at the
@@ -92,7 +92,7 @@ class Guard:
     probability of a rejection, the chunk ends there with probability q**9.
 
     With `weighted`, replacements come from the full distribution of the sampling parameters, and
-    `Chunk.log_weight` corrects for the renormalization: for any function f, the mean of weight
+    `Chunk.log_weight` corrects for the renormalisation: for any function f, the mean of weight
     x f(chunk) is the sum of p(chunk) f(chunk) over the allowed chunks, where p is plain sampling.
     This checks each token twice and needs a language model with `guards`.
 

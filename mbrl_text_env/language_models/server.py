@@ -1,7 +1,7 @@
 """A language model behind OpenAI-compatible servers (vLLM, SGLang, llama.cpp, TGI).
 
 Token ids are sent, and token ids and log-probabilities are received, if the server supports them.
-Missing features give one warning each, are listed in `ServerLM.losses`, and are never invented.
+If a server cannot provide something, the client warns once and lists it in `ServerLM.losses`.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class ServerLM(Tokenized, LanguageModel):
 
     Samples depend on the server's arithmetic: engines round differently in other batches and after
     cached prefixes. `docs/language_models.md` lists what each engine supports and how it is seeded.
-    Missing features give one warning each and are listed in `losses`.
+    If a server cannot provide something, the client warns once and lists it in `losses`.
 
     Requests are retried with exponential backoff after a failed connection and after answers that
     are late, truncated, or a transient error (408, 409, 425, 429 and 5xx, also inside a 200). Other
