@@ -332,7 +332,7 @@ class CandidatePolicy:
     def check_fits(
         self, language_model: LanguageModel | None, reward_model: RewardModel | None
     ) -> None:
-        """Raise a `TuningError` for models other than those it was trained with; None fits."""
+        """Raise a `TuningError` for models other than those it was trained with; skip None."""
         for what, own, given in (
             ("language model", self.language_model_name, language_model and language_model.name),
             ("reward", self.reward_name, reward_model and reward_name(reward_model)),

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from mbrl_text_env.rewards.learning.features import Features
 
 USAGE, FLAT = "usage/", "flat_share"
-"""Prefix of the values that each step adds to the trainer's log, which checkpoints save."""
+"""Names in the trainer's log, which checkpoints save: a prefix, and the share of flat groups."""
 
 # Work per token in forward passes: the loss and the activation gradients (frozen weights have
 # none), and for RLOO also the log-probabilities before the step.
