@@ -183,7 +183,7 @@ class TestWhatIsRefused:
             ({"answers": {"1": 1.0, "2": float("nan")}}, "each with a finite value"),
             ({"answers": {"1": 1.0, "": 2.0}}, "answer '' has no tokens"),
             ({"answers": {"1": 1.0, "Ω": 2.0}}, "answer 'Ω' has no tokens"),
-            ({"answers": {"1": 1.0, "12": 2.0}}, "answer '12' begins with the tokens of '1'"),
+            ({"answers": {"1": 1.0, "12": 2.0}}, "answer '12' starts with the tokens of '1'"),
             ({"max_length": 0}, "max_length: expected at least 1"),
         ],
     )
