@@ -178,7 +178,7 @@ class TestWhatIsRefused:
             ({"template": "{prompt}"}, r"expected the field \{response\}.*got \['prompt'\]"),
             ({"template": "{response} {answer}"}, r"got \['answer', 'response'\]"),
             ({"template": "{response.text}"}, r"got \['response.text'\]"),
-            ({"template": "{response} {"}, "template: .* Write {{ for {"),
+            ({"template": "{response} {"}, "template: .* Write {{ for a literal {"),
             ({"answers": {"1": 1.0}}, "answers: expected two or more"),
             ({"answers": {"1": 1.0, "2": float("nan")}}, "each with a finite value"),
             ({"answers": {"1": 1.0, "": 2.0}}, "answer '' has no tokens"),

@@ -261,7 +261,7 @@ def test_a_prompt_without_a_source_is_named():
     ("change", "message"),
     [
         ({"task": "chian_sum"}, "Dataset 'chian_sum' not registered"),
-        ({"index": 7}, "expected the question generated from .*'index': 7.* got a prompt without it"),
+        ({"index": 7}, "expected the question .*'index': 7.* got a prompt without it"),
         ({"seed": 1}, "got a prompt without it. Recreate the prompt"),
         ({"config": {"terms": 3}}, "unexpected keyword argument 'terms'"),
         ({"config": {"min_terms": 9, "max_terms": 2}}, "AssertionError"),
