@@ -156,7 +156,7 @@ class VerlFunctionReward(AdaptedReward):
     (`solution_strs`, ...). It can be async. `data_source` comes from the metadata; `ground_truth`
     from metadata["reward_model"]["ground_truth"] or `REFERENCE_KEYS`. `extra_info` is the metadata
     of that name, or all metadata, plus the "prompt". In a returned dict, "score" (in old versions
-    "reward") is used. If `ground_truth` has no default, prompts without one do not apply.
+    "reward") is used. If `ground_truth` has no default, the reward applies to prompts with one.
 
     Example:
         >>> def compute_score(data_source, solution_str, ground_truth, extra_info=None):
