@@ -120,7 +120,7 @@ def listed(
     if values is None or len(values) != len(responses):
         got = f"{plain!r:.80}" if values is None else len(values)
         rows = zip(prompts[:1], responses[:1], strict=True)
-        first = [f" for a batch from prompt {p.id!r} on, first response {r[:80]!r}" for p, r in rows]
+        first = [f" for a batch starting at prompt {p.id!r}, response {r[:80]!r}" for p, r in rows]
         raise RewardError(
             f"Reward model {name!r}: expected {len(responses)} values, one per completion, got "
             f"{got}{''.join(first)}. Change the function."
