@@ -1,4 +1,4 @@
-"""Reward models: the protocol, one file a family, and `make`, which knows them by name."""
+"""Reward models: the base class, the built-in rewards, and `make`, which creates one by name."""
 
 from mbrl_text_env._lazy import attach
 

@@ -1,7 +1,7 @@
-"""The reward model's contract, and the one door through which rewards are called.
+"""The `RewardModel` base class, and the functions that call reward models and check the results.
 
-Nothing but `score_responses` calls `RewardModel.score` in this package, so a reward that fails is
-an error with names in it and never a silent zero.
+The package calls `RewardModel.score` only through `score_responses`. A failing reward therefore
+raises an error that names the reward and the prompt; it never becomes a silent zero.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ R = TypeVar("R")
 
 
 class RewardError(RuntimeError):
-    """A reward model raised, or returned something that is not one finite score a response."""
+    """Raised if a reward model fails or does not return one finite score per response."""
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What a reward model said of a batch: `total`, float64[B], and parts of that shape by name.
+    """The scores of a batch: `total`, float64[B], and named `parts` of the same shape.
 
-    A reward without parts has one, with its own name.
+    A reward that is not made of several has a single part, under its own name.
     """
 
     total: FloatArray
@@ -41,16 +41,16 @@ class Scores:
         return len(self.total)
 
     def parts_of(self, index: int) -> dict[str, float]:
-        """The parts of one response, as plain floats."""
+        """Return the parts of one response as plain floats."""
         return {name: float(values[index]) for name, values in self.parts.items()}
 
 
 class RewardModel(ABC):
-    """Scores responses; higher is better. Only `score` has to be written.
+    """Base class of rewards that score responses; higher is better. Only `score` is required.
 
-    Reports, records and `info` call it by its `name`, by default the class's. Objects of other
-    classes with a method `score` become reward models by `as_reward_model`, which everything that
-    takes a reward calls.
+    `name` identifies the reward in reports, records and `info`. It defaults to the class name.
+    Functions that take a reward also accept other objects with a method `score`: they call
+    `as_reward_model`.
 
     Example:
         >>> class Brevity(RewardModel):
@@ -63,10 +63,10 @@ class RewardModel(ABC):
 
     name: str
     is_bound_wrong: bool = False
-    """Whether a response was found that scores more than `bound` said; then it is not asked."""
+    """Whether a response has scored above its `bound`; from then on, `bound` is ignored."""
     is_verifier: bool = False
-    """Whether a response can be expected to reach what `bound` says of the empty prefix, as where a
-    program checks it: a search then stops at the first that does."""
+    """Whether good responses reach the bound of the empty prefix, as in a check by a program.
+    A search then stops at the first response that reaches it."""
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -78,89 +78,89 @@ class RewardModel(ABC):
         """Return float64[B], the score of `responses[i]` as an answer to `prompts[i]`."""
 
     def score_parts(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Scores:
-        """Return the scores with those of the parts; a reward made of several has its own."""
+        """Return the total scores and the scores of the parts; composite rewards override it."""
         total = _checked(self.score(prompts, responses), self.name, prompts, responses)
         return Scores(total, {self.name: total})
 
     @property
     def part_names(self) -> tuple[str, ...] | None:
-        """The parts that every score has; None where they are not known beforehand."""
+        """The names of the parts in every score, or None if they are not known in advance."""
         return (self.name,) if _is_default(self.score_parts) else None
 
     def applies_to(self, prompt: Prompt) -> bool:
-        """Whether it can score answers to `prompt`; by default to all."""
+        """Return whether the reward can score responses to `prompt`; by default True."""
         return True
 
     def bound(self, prompts: Sequence[Prompt], prefixes: Sequence[str]) -> npt.ArrayLike:
-        """Return float64[B], the most that a response can score that begins with `prefixes[i]`.
+        """Return float64[B], upper bounds on the scores of responses that start with `prefixes[i]`.
 
-        It is never too low, and may be too high: by default it is infinite. That of the empty
-        prefix is the most that any response to the prompt can score. Searches leave prefixes whose
-        bound is below what they look for; `check_reward_model` tries it.
+        A bound can be too high but must not be too low; the default is infinity. The bound of the
+        empty prefix holds for every response to the prompt. Searches prune prefixes whose bound is
+        too low to be of use. `check_reward_model` tests the bounds.
         """
         return np.full(len(prefixes), np.inf)
 
     def suggest(self, prompt: Prompt, prefix: str) -> Sequence[str]:
-        """Texts of which one may follow, the likeliest of use first; by default none.
+        """Return texts that could follow `prefix`, the most useful first; by default none.
 
-        A search asks where a response would end and its score could still be higher. A text is a
-        piece that is missing, such as a word that has to occur or the mark of a list; the language
-        model goes on after it.
+        A search calls this if a response is about to end although a higher score is still possible.
+        Each text is a missing piece, such as a required word or a list marker. The language model
+        continues after it.
         """
         return ()
 
     def feature_names(self, prompt: Prompt) -> Sequence[str]:
-        """The counts that `score_features` needs, such as "words"; by default a `RewardError`."""
+        """Return the counts `score_features` needs, such as "words"; by default, `RewardError`."""
         raise RewardError(
-            f"Reward model {self.name!r}, prompt {prompt.id!r}: expected a program of counts, got "
-            "no `feature_names` and `score_features`. Add them, or use another value model."
+            f"Reward model {self.name!r}, prompt {prompt.id!r}: expected `feature_names` and "
+            "`score_features`, got neither. Add them, or use another value model."
         )
 
     def score_features(self, prompt: Prompt, features: Mapping[str, FloatArray]) -> npt.ArrayLike:
-        """Return float64[N], the scores of N responses to a prompt by their counts, float64[N].
+        """Return float64[N], the scores of N responses given only their counts, float64[N] each.
 
-        They are what `score` says of texts with these counts: a world model scores responses so
-        that nobody has written. By default a `RewardError`. See `world_model.TextFeatures`.
+        They equal `score` for texts with these counts. A world model uses this to score responses
+        whose text does not exist. By default, `RewardError`. See `world_model.TextFeatures`.
         """
         self.feature_names(prompt)
         raise RewardError(f"Reward model {self.name!r} has no `score_features`. Add it.")
 
     def reward_calls(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Sequence[int]:
-        """The calls that scores just made are charged as, int[B]; by default one each."""
+        """Return int[B], the reward calls to charge for scores just made; by default one each."""
         return [1] * len(responses)
 
     def flops(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> npt.ArrayLike:
-        """Return float64[B], the floating-point operations of each score; by default none."""
+        """Return float64[B], the floating-point operations per score; by default 0."""
         return np.zeros(len(responses))
 
     def flops_bound(self) -> float:
-        """The most that `flops` says of one response; a class with `flops` has to say this."""
+        """Return an upper bound on `flops` per response; required if a class overrides `flops`."""
         if not _is_default(self.flops):
             raise RewardError(
-                f"Reward model {self.name!r} has `flops` but no `flops_bound() -> float`, the most "
-                "that one response can take; budgets need both. Add it."
+                f"Reward model {self.name!r} has `flops` but no `flops_bound() -> float`, the "
+                "upper bound for one response. Budgets need both; add it."
             )
         return 0.0
 
     def usage(self, prompt: Prompt, response: str) -> Usage:
-        """What scoring one response is charged."""
+        """Return the usage to charge for scoring one response."""
         (flops,) = np.asarray(self.flops([prompt], [response]), dtype=np.float64)
         return Usage(reward_calls=1, reward_flops=float(flops))
 
     def usage_bound(self) -> Usage:
-        """The most that scoring one response is charged."""
+        """Return the highest usage that scoring one response can be charged."""
         return Usage(reward_calls=1, reward_flops=float(self.flops_bound()))
 
     def reduced(self, dtype: str) -> RewardModel:
-        """The same reward in a faster, less exact number format (`"bfloat16"`), for estimates.
+        """Return this reward in a faster, less precise dtype (`"bfloat16"`), for estimates.
 
-        Using one never changes what the other says. By default the reward itself.
+        The original keeps its own scores. By default, return the reward itself.
         """
         return self
 
     @property
     def scores_steps(self) -> bool:
-        """Whether it is a process reward, with a method `score_steps`."""
+        """Whether this is a process reward model, with a method `score_steps`."""
         return isinstance(self, ProcessRewardModel)
 
 
@@ -169,18 +169,18 @@ class ProcessRewardModel(RewardModel):
 
     @abstractmethod
     def score_steps(self, prompt: Prompt, steps: Sequence[str]) -> npt.ArrayLike:
-        """Return float64[len(steps)], exactly one score a step."""
+        """Return float64[len(steps)], exactly one score per step."""
 
 
 class RowReward(RewardModel):
-    """A reward model that scores responses one by one; at most 1, if it does not say otherwise."""
+    """A reward model that scores responses one by one, with an upper bound of 1 by default."""
 
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> FloatArray:
         """Return float64[B]."""
         return np.array([self._score(*row) for row in zip(prompts, responses, strict=True)])
 
     def bound(self, prompts: Sequence[Prompt], prefixes: Sequence[str]) -> FloatArray:
-        """Return float64[B], what responses that begin so can score."""
+        """Return float64[B], see `RewardModel.bound`."""
         return np.array([self._bound(*row) for row in zip(prompts, prefixes, strict=True)])
 
     @abstractmethod
@@ -191,7 +191,7 @@ class RowReward(RewardModel):
 
 
 class Scorer(Protocol):
-    """An object that scores: `as_reward_model` makes a reward model of it."""
+    """Any object with a method `score`; `as_reward_model` turns it into a reward model."""
 
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> npt.ArrayLike:
         """Return float64[B]."""
@@ -199,11 +199,11 @@ class Scorer(Protocol):
 
 
 RewardLike: TypeAlias = RewardModel | Scorer | Callable[..., Any] | str
-"""What `rewards.as_reward_model` takes: a reward model, an object or function, or a name."""
+"""What `rewards.as_reward_model` accepts: a reward model, another object, a function or a name."""
 
 
 class ObjectReward(ProcessRewardModel):
-    """An object with a method `score`, and whatever else of a reward model it has."""
+    """A reward model around an object with a method `score` and, optionally, other methods."""
 
     def __init__(self, reward: Any) -> None:
         self.reward = reward
@@ -211,7 +211,7 @@ class ObjectReward(ProcessRewardModel):
         self.is_verifier = bool(getattr(reward, "is_verifier", False))
         methods = ("score_parts", "applies_to", "bound", "suggest", "flops", "flops_bound")
         for method in (*methods, "feature_names", "score_features"):
-            # What a subclass does itself stays.
+            # Methods that a subclass overrides are kept.
             if hasattr(reward, method) and _is_default(getattr(self, method)):
                 setattr(self, method, getattr(reward, method))
 
@@ -221,50 +221,50 @@ class ObjectReward(ProcessRewardModel):
         return getattr(self.reward, name)
 
     def identity(self) -> Any:
-        """That of the object."""
+        """Return the identity of the object."""
         return identity(self.reward)
 
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> npt.ArrayLike:
-        """The object's."""
+        """Return the object's scores, float64[B]."""
         return cast("npt.ArrayLike", self.reward.score(prompts, responses))
 
     @property
     def part_names(self) -> tuple[str, ...] | None:
-        """The object's."""
+        """The object's part names."""
         if not hasattr(self.reward, "score_parts"):
             return (self.name,)
         named = getattr(self.reward, "part_names", None)
         return None if named is None else tuple(named)
 
     def reduced(self, dtype: str) -> RewardModel:
-        """The object's, or itself."""
+        """Return the object in another dtype, or this reward if the object has no `reduced`."""
         own = getattr(self.reward, "reduced", None)
         return self if own is None else reward_model_of(own(dtype))
 
     @property
     def scores_steps(self) -> bool:
-        """Whether the object does."""
+        """Whether the object has a method `score_steps`."""
         return hasattr(self.reward, "score_steps")
 
     def score_steps(self, prompt: Prompt, steps: Sequence[str]) -> npt.ArrayLike:
-        """The object's."""
+        """Return the object's step scores, float64[len(steps)]."""
         return cast("npt.ArrayLike", self.reward.score_steps(prompt, steps))
 
 
 def reward_model_of(reward: object) -> RewardModel:
-    """A reward model as it is, or that of an object with a method `score`."""
+    """Return a reward model unchanged; wrap any other object that has a method `score`."""
     if isinstance(reward, RewardModel):
         return reward
     if not callable(getattr(reward, "score", None)):
         raise TypeError(
-            f"Expected a reward model, with a method `score`, got {type(reward).__name__}. "
-            "Make one of a function or a name with `rewards.as_reward_model`."
+            f"Expected a reward model with a method `score`, got {type(reward).__name__}. "
+            "Convert a function or a name with `rewards.as_reward_model`."
         )
     return ObjectReward(reward)
 
 
 def reward_name(reward_model: object) -> str:
-    """The name of a reward model, or of its class where it has none."""
+    """Return the name of a reward model, or of its class if it has none."""
     return str(getattr(reward_model, "name", type(reward_model).__name__))
 
 
@@ -285,11 +285,11 @@ def score_responses(
     *,
     ledgers: Sequence[Ledger] | None = None,
 ) -> Scores:
-    """Score responses, check the scores, and charge the ledgers (one a response).
+    """Score responses, check the scores, and charge the ledgers (one per response).
 
     Raises:
-        RewardError: The model raised, returned too few or too many scores, or what is no finite
-            number. The message names the model, the prompt and the response.
+        RewardError: The model raised an error, or returned the wrong number of scores or a score
+            that is not finite. The message names the model, the prompt and the response.
     """
     if not responses:
         return Scores(np.zeros(0))
@@ -310,7 +310,7 @@ def score_responses(
 def reward_bounds(
     reward_model: object, prompts: Sequence[Prompt], prefixes: Sequence[str]
 ) -> FloatArray:
-    """float64[B], what `RewardModel.bound` says, checked: minus infinity to infinity, never NaN.
+    """Return float64[B], the checked result of `RewardModel.bound`: infinite or finite, never NaN.
 
     A `RewardError` names what is wrong. Bounds are not charged: they must cost next to nothing
     beside a score. A bound that was found to be wrong (`check_bounds`) is not asked: infinity.
@@ -326,17 +326,17 @@ def reward_bounds(
 def score_features(
     reward_model: object, prompt: Prompt, features: Mapping[str, FloatArray]
 ) -> FloatArray:
-    """float64[N], what `RewardModel.score_features` says, checked; uncharged.
+    """Return float64[N], the checked result of `RewardModel.score_features`; nothing is charged.
 
-    A `RewardError` names the features that the reward needs and are not there, and those that are.
+    If features are missing, a `RewardError` names the missing and the available ones.
     """
     reward = reward_model_of(reward_model)
     missing = [name for name in reward.feature_names(prompt) if name not in features]
     if missing:
         raise RewardError(
-            f"Reward model {reward.name!r}, prompt {prompt.id!r}: expected features that are "
-            f"predicted, got {missing}, which are not or never varied. Predicted are "
-            f"{sorted(features)}. Fit the world model with these features, on records in which "
+            f"Reward model {reward.name!r}, prompt {prompt.id!r}: expected predicted features, got "
+            f"{missing}, which are not predicted or never varied. Predicted features: "
+            f"{sorted(features)}. Fit the world model with these features on records in which "
             "they vary."
         )
     count = len(next(iter(features.values())))
@@ -352,10 +352,10 @@ def check_bounds(
     responses: Sequence[str],
     scores: FloatArray,
 ) -> None:
-    """Compare the bounds of the beginnings of responses, up to whole ones, with their scores.
+    """Compare the scores of responses with the bounds of their prefixes, the full text included.
 
-    At the first score above a bound there is a warning, and the reward's bound is ignored from then
-    on. What a bound has kept from being written cannot be found; `check_reward_model` looks for it.
+    At the first score above a bound, warn, and ignore the reward's bounds from then on. This cannot
+    find bounds that pruned a good response before it was written; `check_reward_model` can.
     """
     if reward_model.is_bound_wrong or _is_default(reward_model.bound):
         return
@@ -365,14 +365,14 @@ def check_bounds(
         for prefix, bound in zip(
             prefixes, reward_bounds(reward_model, [prompt] * len(ends), prefixes), strict=True
         ):
-            # Twice what rounding moves a fraction such as 3 of 3.
+            # Twice the rounding error of a fraction such as 3 of 3.
             if score > bound + 1e-9:
                 reward_model.is_bound_wrong = True
                 warnings.warn(
                     f"Reward model {reward_model.name!r}: bound: expected at least {score:g}, the "
-                    f"score of {response[:80]!r}, for its beginning {prefix[-80:]!r}, got "
-                    f"{bound:g}, prompt {prompt.id!r}. Bounds of this reward are ignored from here "
-                    "on. Raise the bound; `check_reward_model` tries it.",
+                    f"score of {response[:80]!r}, for its prefix {prefix[-80:]!r}, got "
+                    f"{bound:g}, prompt {prompt.id!r}. Bounds of this reward are ignored from now "
+                    "on. Raise the bound, and test it with `check_reward_model`.",
                     stacklevel=2,
                 )
                 return
@@ -381,10 +381,10 @@ def check_bounds(
 def isolate_failures(
     function: Callable[[Sequence[T]], Sequence[R]], items: Sequence[T]
 ) -> list[R | RewardError]:
-    """Call a batched function so that an item that cannot be scored costs that item alone.
+    """Call a batched function; an item that fails does not affect the other items.
 
-    A batch that raises `RewardError` is halved, and so are its halves, until the items that fail
-    stand alone. Returned are one result an item, or its error.
+    A batch that raises `RewardError` is split in half, recursively, down to the failing items.
+    Return, for each item, its result or its error.
     """
     try:
         return list(function(items))
@@ -397,11 +397,11 @@ def isolate_failures(
 
 
 def check_process(reward_model: object) -> ProcessRewardModel:
-    """Return a reward model that scores steps, or refuse one that does not."""
+    """Return the process reward model, or raise `RewardError` if it does not score steps."""
     reward = reward_model_of(reward_model)
     if not reward.scores_steps:
         raise RewardError(
-            f"Reward model {reward.name!r} scores whole responses only: process rewards need a "
+            f"Reward model {reward.name!r} scores whole responses only; process rewards need a "
             "method `score_steps(prompt, steps)`. Use reward='terminal' or reward='delta', or "
             "another reward model."
         )
@@ -415,7 +415,7 @@ def score_steps(
     *,
     ledger: Ledger | None = None,
 ) -> FloatArray:
-    """Score the steps of one response, float64[len(steps)]; checked and charged alike."""
+    """Score the steps of one response, float64[len(steps)]; check and charge the scores."""
     reward = check_process(reward_model)
     if not steps:
         return np.zeros(0)
@@ -438,13 +438,13 @@ def _guarded(function: Callable[..., Any], name: str, first: Prompt, *args: Any)
     except (RewardError, KeyboardInterrupt):
         raise
     except BaseException as error:
-        # `sys.exit` in a reward must not end a run as if all were well. The whole batch was passed
-        # at once, so the first response stands for it in the message.
+        # `sys.exit` in a reward must not end a run as if it had succeeded. The whole batch was
+        # passed at once, so the message quotes the first response.
         responses = args[-1]
         raise RewardError(
             f"Reward model {name!r}, prompt {first.id!r} and {len(responses) - 1} more in its "
             f"batch: scoring raised {type(error).__name__}: {error}{place_of(error)}. First "
-            f"response: {responses[0][:80]!r}. Fix the reward model, or leave out such prompts."
+            f"response: {responses[0][:80]!r}. Fix the reward model, or remove these prompts."
         ) from error
 
 
@@ -454,16 +454,16 @@ def _checked(
     try:
         scores = _as_floats(raw)
     except Exception as error:
-        # Whatever refuses to be numbers: tensors and other arrays raise errors of their own.
+        # Tensors and other array types raise their own errors if they cannot be converted.
         raise RewardError(
             f"Reward model {name!r}: expected {len(responses)} numbers, got {raw!r:.80} "
             f"for prompt {prompts[0].id!r}, response {responses[0][:80]!r} ({error})."
         ) from error
     if scores.shape != (len(responses),):
         raise RewardError(
-            f"Reward model {name!r}: expected one score a response, shape ({len(responses)},), got "
-            f"shape {scores.shape} for prompts from {prompts[0].id!r}, first response "
-            f"{responses[0][:80]!r}. Return a flat list of floats in the responses' order."
+            f"Reward model {name!r}: expected one score per response, shape ({len(responses)},), "
+            f"got shape {scores.shape} for a batch that starts with prompt {prompts[0].id!r}, "
+            f"response {responses[0][:80]!r}. Return a flat list of floats in the same order."
         )
     bad = np.flatnonzero(np.isnan(scores) if infinite else ~np.isfinite(scores))
     if bad.size:
@@ -484,15 +484,15 @@ def _as_floats(raw: Any) -> FloatArray:
         raw = _from_tensor(raw) if hasattr(raw, "detach") else raw
         masked = np.ma.is_masked(raw)
     if masked:
-        raise TypeError("masked values, which have no score")
+        raise TypeError("masked values have no score")
     kind = np.asarray(raw).dtype.kind
     if kind in "USMm":
-        raise TypeError("dates or durations" if kind in "Mm" else "texts, which may be no numbers")
+        raise TypeError("dates or durations" if kind in "Mm" else "strings are not numbers")
     return np.asarray(raw, dtype=np.float64)
 
 
 def _from_tensor(tensor: Any) -> Any:
-    """An array of a tensor: NumPy knows neither bfloat16 nor gradients nor other devices."""
+    """Convert a tensor, which NumPy cannot do for bfloat16, gradients and other devices."""
     if tensor.is_complex():
         raise TypeError("complex numbers")
     return tensor.detach().cpu().double().numpy()
@@ -515,7 +515,7 @@ def _charge(
 
 
 def place_of(error: BaseException) -> str:
-    """Where other people's code raised, such as " (my_rewards.py, line 3)"; "" where it did not."""
+    """Return where user code raised, such as " (my_rewards.py, line 3)"; "" if it did not."""
     lines = [
         (frame.f_code.co_filename, line)
         for frame, line in walk_tb(error.__traceback__)
@@ -528,7 +528,7 @@ def place_of(error: BaseException) -> str:
 def check_finite(
     reward: object, *names: str, above: float = -np.inf, least: float = -np.inf
 ) -> None:
-    """Refuse attributes that are not finite numbers, or not as large as they have to be."""
+    """Raise `ValueError` if an attribute is not finite, not above `above`, or below `least`."""
     bound = f" above {above}" if np.isfinite(above) else ""
     bound += f" of at least {least}" if np.isfinite(least) else ""
     for name in names:

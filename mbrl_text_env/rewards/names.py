@@ -1,4 +1,4 @@
-"""The names of this package's rewards: each is given in the file of its reward."""
+"""The registry of this package's rewards; each reward is registered in its own file."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ T = TypeVar("T", bound=Callable[..., Any])
 
 @dataclass(frozen=True)
 class RewardEntry:
-    """A reward that has a name; `factory` is called without arguments or with `argument`'s value.
+    """A named reward; `factory` takes no arguments, or the text after the colon of the name.
 
-    `argument` says what stands after the colon of the name, such as "FOLDER"; None for nothing.
+    `argument` is a placeholder for that text, such as "FOLDER", or None if the name takes no text.
     """
 
     factory: Callable[..., Any]
@@ -27,12 +27,11 @@ NAMED: dict[str, RewardEntry] = {}
 
 
 def named(name: str, *, argument: str | None = None, **options: Any) -> Callable[[T], T]:
-    """Name a reward class of this package, for `rewards.make` and the command line.
+    """Register a reward class of this package for `rewards.make` and the command line.
 
-    The first line of its docstring describes it. What stands after a colon behind the name, such as
-    a folder, is passed to the class if there is an `argument`, which says what it is; so are the
-    options. Rewards of a program are named by `rewards.register`, those of other packages by an
-    entry point.
+    The first line of its docstring is its description. If `argument` is set, the text after the
+    colon in "name:text" is passed to the class. `options` are always passed. User code calls
+    `rewards.register` instead, and other packages declare an entry point.
     """
 
     def note(factory: T) -> T:
@@ -44,6 +43,6 @@ def named(name: str, *, argument: str | None = None, **options: Any) -> Callable
 
 
 def first_line(factory: Callable[..., Any]) -> str:
-    """The first line of a docstring, or the name where there is none."""
+    """Return the first line of the docstring, or the name if there is no docstring."""
     text = inspect.getdoc(factory) or str(getattr(factory, "__name__", type(factory).__name__))
     return text.partition("\n")[0]

@@ -1,7 +1,7 @@
-"""Reward models by name, for the command line, the environment and comparisons.
+"""Create reward models by name, for the command line, the environment and comparisons.
 
-A name is one of the package's own, one that was registered in this program, one that an installed
-package offers under the entry-point group `mbrl_text_env.rewards`, or a function in a Python file.
+A name refers to a built-in reward, a reward registered in this program, an entry point of an
+installed package in the group `mbrl_text_env.rewards`, or a function in a Python file.
 """
 
 from __future__ import annotations
@@ -29,26 +29,26 @@ from mbrl_text_env.rewards.names import NAMED, RewardEntry, first_line
 from mbrl_text_env.types import nearest
 
 GROUP = "mbrl_text_env.rewards"
-"""The entry-point group in which other packages offer rewards."""
+"""The entry-point group for rewards of other packages."""
 
 _FILE_MODULE = "reward_file_"
 _PYTHON_FILE = re.compile(r"(?P<path>.+\.py):(?P<function>\w+)")
 
 
 class RewardSpecError(ValueError):
-    """A reward's name that is not known or cannot be loaded, or a sum that cannot be read."""
+    """Raised if a reward name is unknown or cannot be loaded, or a sum cannot be parsed."""
 
 
 _registered: dict[str, RewardEntry] = {}
 
 
 def available() -> list[str]:
-    """Names that `make` knows, with what stands after the colon of those that take something."""
+    """Return the names that `make` accepts; names with an argument look like "name:ARGUMENT"."""
     return [_shown(name, entry) for name, entry in _known().items()] + [*_foreign()]
 
 
 def descriptions() -> dict[str, str]:
-    """One line about each reward of `available`; of those that cannot be imported, why."""
+    """Return a one-line description of each available reward, or why it cannot be imported."""
     lines = {_shown(name, entry): entry.description for name, entry in _known().items()}
     for name, points in _foreign().items():
         try:
@@ -66,19 +66,19 @@ def register(
     argument: str | None = None,
     replace: bool = False,
 ) -> None:
-    """Give a reward a name, for this program.
+    """Register a reward under a name, for this program.
 
-    Packages register theirs by an entry point instead, in their pyproject.toml:
+    Packages declare an entry point in their pyproject.toml instead:
 
         [project.entry-points."mbrl_text_env.rewards"]
         brevity = "my_package.rewards:Brevity"
 
     Args:
         name: Letters, digits, ".", "-" and "_".
-        factory: A class or function that makes the reward: anything that `as_reward_model` takes.
+        factory: A class or function that returns the reward: anything `as_reward_model` accepts.
         description: One line; by default the first line of the factory's docstring.
-        argument: What is to be given after a colon, such as "FOLDER", and passed to the factory.
-        replace: Whether it may take the place of another reward.
+        argument: A placeholder, such as "FOLDER", for text after a colon, passed to the factory.
+        replace: Whether to replace an existing reward of this name.
 
     Example:
         >>> from mbrl_text_env.rewards import Clip, SentimentReward
@@ -88,32 +88,32 @@ def register(
     """
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
         raise RewardSpecError(
-            f"Expected a name of letters, digits, '.', '-' and '_' for a reward, got {name!r}."
+            f"Expected a name of letters, digits, '.', '-' and '_' for the reward, got {name!r}."
         )
     if not callable(factory):
         raise TypeError(
-            f"Expected a class or function that makes reward {name!r}, got {factory!r}. For an "
+            f"Expected a class or function that returns reward {name!r}, got {factory!r}. For an "
             "object, register `lambda: that_object`."
         )
     if not replace and (name in _own() or name in _registered):
         raise RewardSpecError(
-            f"Reward {name!r} is there already. Choose another name, or pass replace=True."
+            f"Reward {name!r} already exists. Choose another name, or pass replace=True."
         )
     _registered[name] = RewardEntry(factory, description or first_line(factory), argument)
 
 
 def make(spec: str) -> RewardModel:
-    """Make a reward model from its name, or a weighted sum of names.
+    """Create a reward model from a name, or from a weighted sum of names.
 
     Args:
-        spec: A name, such as `"sentiment"`; a name and what it takes, such as
+        spec: A name, such as `"sentiment"`; a name with an argument, such as
             `"classifier:my_org/my_model"`; a function or class in a Python file, such as
-            `"my_rewards.py:brevity"`, whose code is then run; or a sum of them, such as
+            `"my_rewards.py:brevity"` (this runs the file); or a weighted sum, such as
             `"0.5*sentiment+relevance"`, of names without "+" and "*". No model is loaded yet.
 
     Raises:
-        RewardSpecError: A name is unknown or cannot be loaded, a weight is no finite number, or a
-            name occurs twice.
+        RewardSpecError: A name is unknown, cannot be loaded or occurs twice, or a weight is not a
+            finite number.
 
     Example:
         >>> make("0.5*sentiment+0.5*relevance").weights
@@ -121,7 +121,7 @@ def make(spec: str) -> RewardModel:
     """
     path = Path(spec.strip().rpartition(":")[0]).expanduser()
     if _PYTHON_FILE.fullmatch(spec.strip()) and path.is_file():
-        # A path may have a "+" or "*" in it.
+        # A path can contain "+" or "*".
         return _named(spec.strip())
     terms = [term.strip() for term in spec.split("+")]
     if len(terms) == 1 and "*" not in spec:
@@ -136,7 +136,7 @@ def make(spec: str) -> RewardModel:
 
 @functools.cache
 def _own() -> dict[str, RewardEntry]:
-    """This package's rewards: those that its files name."""
+    """Import all files of this package's rewards, which register them."""
     for folder in ("evaluators", "verifiable", "composite", "learning"):
         package = importlib.import_module(f"mbrl_text_env.rewards.{folder}")
         if folder != "learning":
@@ -166,11 +166,11 @@ def _weight_and_name(term: str) -> tuple[float, str]:
 
 def _named(name: str) -> RewardModel:
     if in_file := _PYTHON_FILE.fullmatch(name):
-        # No shell expands what stands behind an equals sign, as in --reward=~/mine.py:brevity.
+        # The shell does not expand "~" after an equals sign, as in --reward=~/mine.py:brevity.
         return _from_file(Path(in_file["path"]).expanduser(), in_file["function"])
     if name.rstrip(":").endswith(".py"):
         raise RewardSpecError(
-            f"Reward {name!r}: expected the name of a function or class of the file too, such as "
+            f"Reward {name!r}: expected a file and the name of a function or class in it, such as "
             f"'{name.rstrip(':')}:brevity'."
         )
     key, _, argument = (part.strip() for part in name.partition(":"))
@@ -188,13 +188,13 @@ def _named(name: str) -> RewardModel:
 
 
 def _made(name: str, factory: Callable[..., Any], *arguments: str) -> RewardModel:
-    with _refused(f"{name!r} cannot be made:"):
+    with _refused(f"{name!r} cannot be created:"):
         return as_reward_model(factory(*arguments))
 
 
 @contextmanager
 def _refused(what: str) -> Iterator[None]:
-    """Make a `RewardSpecError` of what other people's code raises, `SystemExit` too."""
+    """Turn any error of user code, including `SystemExit`, into a `RewardSpecError`."""
     try:
         yield
     except KeyboardInterrupt:
@@ -206,14 +206,14 @@ def _refused(what: str) -> Iterator[None]:
 
 
 def _foreign() -> dict[str, list[EntryPoint]]:
-    """What only other packages offer, by name."""
+    """Return the entry points whose names are not known otherwise."""
     offered: dict[str, list[EntryPoint]] = {}
     for point in entry_points(group=GROUP):
         offered.setdefault(point.name, []).append(point)
     for name in offered.keys() & _own().keys():
         warnings.warn(
-            f"{_packages(offered[name])} offers a reward {name!r}, which is one of this package's "
-            "own and stays that.",
+            f"{_packages(offered[name])} offers a reward {name!r}, but that is the name of a "
+            "built-in reward. The built-in reward is used.",
             stacklevel=3,
         )
     return {name: points for name, points in offered.items() if name not in _known()}
@@ -236,16 +236,16 @@ def _packages(points: list[EntryPoint]) -> str:
 
 
 def run_file(path: Path) -> ModuleType:
-    """Run a Python file as a module of its own, which imports the files beside it.
+    """Run a Python file as a module that can import the files in its folder.
 
-    They come before installed packages while it runs, and at the end of `sys.path` afterwards, for
-    what a function imports when it is called.
+    While it runs, the folder is first in `sys.path`. Afterwards it is last, for imports inside
+    functions.
     """
     folder = str(path.parent)
     name = f"{_FILE_MODULE}{path.stem}_{hashlib.blake2b(bytes(path), digest_size=6).hexdigest()}"
     spec: Any = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
-    # Dataclasses look their module up.
+    # Dataclasses look up their module.
     sys.modules[name] = module
     sys.path.insert(0, folder)
     try:
@@ -262,14 +262,14 @@ def run_file(path: Path) -> ModuleType:
 
 
 def files_run() -> list[Path]:
-    """The files that `run_file` has run: what they define is pickled as a name in them."""
+    """Return the files that `run_file` has run; their objects are pickled by name."""
     modules = [module for name, module in sys.modules.items() if name.startswith(_FILE_MODULE)]
     return [Path(str(module.__file__)) for module in modules]
 
 
 @contextmanager
 def _own_neighbours(folder: Path) -> Iterator[None]:
-    """Set modules from elsewhere aside that have the name of a file or package in the folder."""
+    """Hide modules from elsewhere that share a name with a file or package in the folder."""
     beside = {path.stem for path in folder.glob("*.py")}
     beside |= {path.parent.name for path in folder.glob("*/__init__.py")}
     beside -= sys.stdlib_module_names | {"mbrl_text_env"}
@@ -287,7 +287,7 @@ def _own_neighbours(folder: Path) -> Iterator[None]:
 
 
 def _from_file(path: Path, name: str) -> RewardModel:
-    """A reward, a class of rewards, or a function of a Python file."""
+    """Load a reward, a reward class or a function from a Python file."""
     spec = f"{path}:{name}"
     if not path.is_file():
         reason = "that is a folder" if path.is_dir() else f"there is no file {str(path)!r}"

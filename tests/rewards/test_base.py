@@ -97,7 +97,7 @@ def test_parts_are_checked_and_passed_on():
     [
         ([1.0, float("nan")], r"finite scores, got nan for prompt 'p1', response 'Bye "),
         ([float("inf"), 1.0], r"finite scores, got inf for prompt 'p0', response 'Hi there'"),
-        ([1.0], r"shape \(2,\), got shape \(1,\) for prompts from 'p0'.*'Hi there'"),
+        ([1.0], r"shape \(2,\), got shape \(1,\) for a batch .* prompt 'p0'.*'Hi there'"),
         ([1.0, 2.0, 3.0], r"shape \(2,\), got shape \(3,\)"),
         ([[1.0], [2.0]], r"got shape \(2, 1\)"),
         (1.0, r"got shape \(\)"),

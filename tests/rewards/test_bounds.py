@@ -138,7 +138,7 @@ class OneForAll(Unbounded):
     [
         (TooLow(), "bound: expected at least .* the score of a response that begins so, got 3"),
         (NoNumber(), "bound.*expected numbers, got nan"),
-        (OneForAll(), "bound.*expected one score a response"),
+        (OneForAll(), "bound.*expected one score per response"),
     ],
 )
 def test_the_checker_refuses_bounds_that_are_none(reward, said):

@@ -90,7 +90,7 @@ def test_a_weighted_sum_scores():
         ("sentiment+", "got ''"),
         ("half*sentiment", "expected a number before '\\*', as in '0.5\\*sentiment', got 'half'"),
         ("nan*sentiment", "'nan\\*sentiment': Expected finite weights"),
-        ("sentiment+0.5*sentiment", "a name of its own for each reward"),
+        ("sentiment+0.5*sentiment", "a unique name for each reward"),
     ],
 )
 def test_what_cannot_be_read_is_an_error_that_helps(spec, message):
@@ -138,7 +138,7 @@ def test_a_reward_is_registered_under_a_name():
     register("about", RelevanceReward, argument="ENCODER")
     assert available()[-2:] == ["joy", "about:ENCODER"]
     assert descriptions()["joy"] == "Sentiment from 0 up."
-    assert descriptions()["about:ENCODER"].startswith("Cosine of the embeddings")
+    assert descriptions()["about:ENCODER"].startswith("Cosine similarity")
     assert isinstance(make("joy"), Clip)
     assert make("about:some/encoder").encoder == "some/encoder"
     assert make("2*joy+sentiment").weights == (2.0, 1.0)
@@ -159,7 +159,7 @@ def test_functions_can_be_registered_as_they_are():
 
 @pytest.mark.usefixtures("registry")
 def test_names_that_are_taken_or_cannot_be_written():
-    with pytest.raises(RewardSpecError, match="'sentiment' is there already"):
+    with pytest.raises(RewardSpecError, match="'sentiment' already exists"):
         register("sentiment", SentimentReward)
     register("sentiment", RelevanceReward, replace=True)
     assert isinstance(make("sentiment"), RelevanceReward)
@@ -174,9 +174,9 @@ def test_names_that_are_taken_or_cannot_be_written():
 def test_a_factory_that_fails_is_named():
     register("broken", lambda: 1 / 0)
     register("nothing", lambda: None)
-    with pytest.raises(RewardSpecError, match="'broken' cannot be made: ZeroDivisionError"):
+    with pytest.raises(RewardSpecError, match="'broken' cannot be created: ZeroDivisionError"):
         make("broken")
-    with pytest.raises(RewardSpecError, match="'nothing' cannot be made: TypeError: Expected a"):
+    with pytest.raises(RewardSpecError, match="'nothing' cannot be created: TypeError: Expected a"):
         make("nothing+sentiment")
 
 

@@ -96,8 +96,8 @@ def test_combinations_and_transforms_are_what_they_are_of_the_text(reward, text)
 @pytest.mark.parametrize(
     ("reward", "prompt", "message"),
     [
-        (SentimentReward(), ALL, "'sentiment'.*program of counts"),
-        (WeightedSum([Runs(), SentimentReward()], [1, 1]), ALL, "program of counts"),
+        (SentimentReward(), ALL, "'sentiment'.*`score_features`, got neither"),
+        (WeightedSum([Runs(), SentimentReward()], [1, 1]), ALL, "`score_features`, got neither"),
         (
             ConstraintsReward(),
             prompt_of({"type": "ends_with", "value": "Bye."}),
@@ -106,7 +106,7 @@ def test_combinations_and_transforms_are_what_they_are_of_the_text(reward, text)
         (
             ConstraintsReward(),
             prompt_of({"type": "keyword_count", "keyword": "sun", "value": 1}),
-            "'occurrences:sun'.*Predicted are.*'words'",
+            "'occurrences:sun'.*Predicted features:.*'words'",
         ),
         (RepetitionPenalty(Runs()), ALL, "n = 1"),
     ],

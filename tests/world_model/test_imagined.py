@@ -126,7 +126,7 @@ def test_some_environments_are_reset_and_others_stay_as_they_were(dynamics, prop
 
 
 def test_what_cannot_be_imagined_is_refused(dynamics):
-    with pytest.raises(RewardError, match="program of counts"):
+    with pytest.raises(RewardError, match="`score_features`, got neither"):
         ImaginedCandidates(dynamics, SentimentReward(), [state_of("")])
     with pytest.raises(WorldModelError, match="starts that go on"):
         ImaginedCandidates(dynamics, Share(), [state_of("a", reason="stop")])

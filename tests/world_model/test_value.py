@@ -154,9 +154,9 @@ def test_other_policies_and_rewards_are_refused():
     value.dynamics.language_model_name_ = "other"
     with pytest.raises(ValueModelError, match="language model 'other'"):
         check_value_fits(value, LM, Least())
-    with pytest.raises(RewardError, match="program of counts"):
+    with pytest.raises(RewardError, match="`score_features`, got neither"):
         value.swap(SentimentReward()).predict(states())
-    with pytest.raises(RewardError, match=r"got \['c'\].*Predicted are \['a', 'b'"):
+    with pytest.raises(RewardError, match=r"got \['c'\].*Predicted features: \['a', 'b'"):
         value.swap(Least("c")).predict(states())
     with pytest.raises(ValueModelError, match="not fitted"):
         WorldModelValue(IncrementDynamics(LM), Least()).predict(states())

@@ -1,4 +1,4 @@
-"""Whatever scores responses as a reward model, and reward models as functions of other packages."""
+"""Convert functions and objects to reward models, and reward models to other packages' formats."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ ACCEPTED = """\
   a name, or a sum of names           "sentiment", "0.5*sentiment+relevance", "my_file.py:brevity"
   an object with a method score(prompts, responses) -> float64[B]
   a function of two texts             f(prompt, response) -> float
-  a reward function of TRL            f(prompts, completions, **columns) -> list[float | None]
-  OpenEnv's Rubric                    rubric(action, observation) -> float
-  one of verl                         f(data_source, solution_str, ground_truth, extra_info=None)
-  one of OpenRLHF                     f(queries, prompts, labels, **kwargs)"""
+  a TRL reward function               f(prompts, completions, **columns) -> list[float | None]
+  an OpenEnv Rubric                   rubric(action, observation) -> float
+  a verl reward function              f(data_source, solution_str, ground_truth, extra_info=None)
+  an OpenRLHF reward function         f(queries, prompts, labels, **kwargs)"""
 
 
 class FunctionReward(AdaptedReward):
-    """A function `f(prompt_text, response) -> float` as a reward model, called once a response.
+    """A reward model from a function `f(prompt_text, response) -> float`, called once per response.
 
-    None, for a prompt that it does not apply to, is an error. May be async. Picklable if it is.
+    The function can be async; returning None ("does not apply") is an error. Picklable if it is.
 
     Example:
         >>> reward = FunctionReward(lambda prompt, response: float(prompt in response))
@@ -48,28 +48,28 @@ class FunctionReward(AdaptedReward):
     """
 
     def value(self, prompt: Prompt, response: str) -> Any:
-        """What the function returns."""
+        """Return the result of the function."""
         return self.called(prompt, response, lambda: self.function(prompt.text, response))
 
 
 def as_reward_model(
     reward: RewardLike, *, encode: Callable[[str], Sequence[int]] | None = None
 ) -> RewardModel:
-    """Return a reward model for whatever scores responses; `ACCEPTED` lists what does.
+    """Convert any of the kinds of rewards listed in `ACCEPTED` to a reward model.
 
-    It is recognised by its class or the names of its parameters. A `RewardModel` is returned as it
-    is; what `to_trl`, `to_verl` and `to_openrlhf` made of one becomes that one again; of an object
-    with a method `score`, everything else that it has of a `RewardModel` counts too.
+    The kind is recognised by the class or the parameter names. A `RewardModel` is returned
+    unchanged, and the result of `to_trl`, `to_verl` or `to_openrlhf` becomes its reward model
+    again. If an object with a method `score` has other `RewardModel` methods, they are used too.
 
     Args:
-        reward: One of these.
-        encode: Token ids of a response's text, for TRL's functions that read `completion_ids`. They
-            are those of the text encoded anew, which may differ from the sampled ones.
+        reward: A reward of one of these kinds.
+        encode: Returns the token ids of a text, for TRL functions that read `completion_ids`. The
+            response's text is encoded again, so the ids can differ from the sampled ones.
 
     Raises:
-        RewardSpecError: It is a name that is not known.
-        TypeError: It is none of these, or needs what a reward model does not have: `completion_ids`
-            without `encode`, or the other responses of a group.
+        RewardSpecError: The name is unknown.
+        TypeError: The kind is unknown, or it needs input that a reward model does not have:
+            `completion_ids` without `encode`, or the other responses of a group.
 
     Example:
         >>> def brevity(prompt, response):
@@ -79,13 +79,13 @@ def as_reward_model(
         ('brevity', array([-2.]))
     """
     if isinstance(reward, str):
-        # It looks up names of rewards that are made with this.
+        # Imported here because the registry itself imports this module.
         from mbrl_text_env.rewards.registry import make
 
         return make(reward)
     if inspect.isclass(reward):
         raise TypeError(
-            f"Expected a reward, got the class {reward.__name__}. Make an object of it: "
+            f"Expected a reward, got the class {reward.__name__}. Create an instance: "
             f"{reward.__name__}(...)."
         )
     if _is_rubric_of_openenv(reward):
@@ -103,7 +103,7 @@ def as_reward_model(
     if "queries" in named:
         return OpenRLHFFunctionReward(function)
     needed = {name: named[name] for name in named if name in required(function)}
-    # Of verifiers: its names in any order are no prompt and response.
+    # A function with the parameter names of the package verifiers is not f(prompt, response).
     of_verifiers = named.keys() & {"completion", "state"} and [*needed] != ["prompt", "completion"]
     by_place = all(p.kind is not p.KEYWORD_ONLY for p in needed.values())
     if len(needed) == 2 and by_place and not of_verifiers:
@@ -115,7 +115,7 @@ def as_reward_model(
 
 
 def _is_rubric_of_openenv(reward: object) -> bool:
-    # By name: a caller with a rubric has imported its package; others need not.
+    # Compare names, so that OpenEnv is not imported for other rewards.
     return any(
         cls.__name__ == "Rubric" and cls.__module__.partition(".")[0] == "openenv"
         for cls in type(reward).__mro__

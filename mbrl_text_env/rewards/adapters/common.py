@@ -1,4 +1,4 @@
-"""What the adapters share: looking at signatures, waiting for results, checking numbers."""
+"""Helpers of the adapters: inspect signatures, await results, and check numbers."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ from mbrl_text_env.rewards.base import (
 from mbrl_text_env.types import FloatArray, Message, Prompt
 
 REFERENCE_KEYS = ("ground_truth", "reference_answer", "answer")
-"""Where a prompt's metadata have the right answer; the first that is there counts.
+"""The metadata keys of a prompt's reference answer; the first one present is used.
 
-verl's own data sets have it under "ground_truth" of "reward_model", which comes first of all.
+verl's own datasets store it in metadata["reward_model"]["ground_truth"], which takes precedence.
 """
 
 _DEPTH = ContextVar("depth", default=0)
-"""How many async functions that score are waiting for each other here."""
+"""The nesting depth of async functions that score."""
 
 
 def parameters(function: object) -> Mapping[str, inspect.Parameter]:
-    """Parameters by name; none for what cannot be called, or does not tell."""
+    """Return the parameters by name; empty if there is no signature."""
     try:
         return inspect.signature(function).parameters  # type: ignore[arg-type]
     except (TypeError, ValueError):
@@ -43,7 +43,7 @@ def parameters(function: object) -> Mapping[str, inspect.Parameter]:
 
 
 def required(function: object) -> set[str]:
-    """Names of the parameters that have no default."""
+    """Return the names of the parameters without a default."""
     return {
         name
         for name, p in parameters(function).items()
@@ -52,21 +52,21 @@ def required(function: object) -> set[str]:
 
 
 def accepted(function: object, offered: Mapping[str, Any]) -> dict[str, Any]:
-    """Those keywords that a function names, or all if it takes `**kwargs`."""
+    """Return the keywords that a function accepts, which is all of them if it takes `**kwargs`."""
     named = parameters(function)
     takes_all = any(p.kind is p.VAR_KEYWORD for p in named.values())
     return {name: value for name, value in offered.items() if takes_all or name in named}
 
 
 def callable_name(function: object) -> str:
-    """A function's name, or its class's where it has none."""
+    """Return a function's name, or the name of its class if it has none."""
     while isinstance(function, functools.partial):
         function = function.func
     return str(getattr(function, "__name__", type(function).__name__))
 
 
 def awaited(result: Any) -> Any:
-    """A result, waited for if it has to be, also while an event loop runs (in notebooks)."""
+    """Await a result if necessary, even while an event loop is running (as in notebooks)."""
     if not inspect.isawaitable(result):
         return result
 
@@ -81,11 +81,11 @@ def awaited(result: Any) -> Any:
 
 @functools.cache
 def _event_loop(process: int, depth: int) -> asyncio.AbstractEventLoop:
-    """A loop that runs in a thread of its own, for ever.
+    """Return an event loop that runs forever in its own thread.
 
-    One loop for all calls, since clients of servers keep connections that belong to a loop. One a
-    process, since a fork has no threads; and one a depth, since an async function may score with
-    another, which its own loop could not run.
+    All calls share a loop, because HTTP clients keep connections that belong to a loop. There is
+    one loop per process, because a fork has no threads, and one per depth, because an async
+    function can call another one, which a busy loop could not run.
     """
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, name="rewards", daemon=True).start()
@@ -93,15 +93,15 @@ def _event_loop(process: int, depth: int) -> asyncio.AbstractEventLoop:
 
 
 def number(value: Any, name: str, prompt: Prompt, response: str) -> float:
-    """What a function returned for a response, as a number, which None and texts are not."""
+    """Convert what a function returned for a response to a float; None and strings are errors."""
     if value is None:
         raise RewardError(
             f"Reward model {name!r} does not apply to prompt {prompt.id!r}: it returned None for "
-            f"response {response[:80]!r}. Leave out the prompts that it does not apply to."
+            f"response {response[:80]!r}. Remove the prompts that it does not apply to."
         )
     try:
         if isinstance(value, str | bytes):
-            raise TypeError("a text")
+            raise TypeError("a string")
         return float(value)
     except (TypeError, ValueError) as error:
         raise RewardError(
@@ -113,23 +113,23 @@ def number(value: Any, name: str, prompt: Prompt, response: str) -> float:
 def listed(
     result: Any, name: str, prompts: Sequence[Prompt], responses: Sequence[str]
 ) -> list[Any]:
-    """What a batched function returned (a list, tensor or array), as a list of one a response."""
+    """Convert a batched function's result (list, tensor or array) to one value per response."""
     plain = result if isinstance(result, Mapping) else plain_values(result)
     is_many = isinstance(plain, Iterable) and not isinstance(plain, str | bytes | Mapping)
     values = list(plain) if is_many else None
     if values is None or len(values) != len(responses):
         got = f"{plain!r:.80}" if values is None else len(values)
         rows = zip(prompts[:1], responses[:1], strict=True)
-        first = [f" for prompts from {p.id!r}, first response {r[:80]!r}" for p, r in rows]
+        first = [f" for a batch starting at prompt {p.id!r}, response {r[:80]!r}" for p, r in rows]
         raise RewardError(
-            f"Reward model {name!r}: expected {len(responses)} values, one a completion, got "
+            f"Reward model {name!r}: expected {len(responses)} values, one per completion, got "
             f"{got}{''.join(first)}. Change the function."
         )
     return values
 
 
 def reference_answer(prompt: Prompt) -> Any:
-    """The right answer in a prompt's metadata (see `REFERENCE_KEYS`); None where there is none."""
+    """Return the reference answer in the metadata (see `REFERENCE_KEYS`), or None."""
     nested = prompt.metadata.get("reward_model")
     found = [nested.get("ground_truth")] if isinstance(nested, Mapping) else []
     found += [prompt.metadata.get(key) for key in REFERENCE_KEYS]
@@ -137,18 +137,18 @@ def reference_answer(prompt: Prompt) -> Any:
 
 
 def trl_prompt(prompt: Prompt) -> Any:
-    """A prompt in the format of data sets: a text, or a list of messages."""
+    """Return a prompt in TRL's dataset format: a string or a list of messages."""
     if isinstance(prompt.content, str):
         return prompt.content
     return [{"role": message.role, "content": message.content} for message in prompt.content]
 
 
 def said(completion: Any) -> str:
-    """What the assistant said in a completion, a text or messages, which line breaks join."""
+    """Return the assistant's text in a completion (a string or messages joined by line breaks)."""
     if isinstance(completion, str):
         return str(completion)
     return "\n".join(
-        # Calls of tools have no content.
+        # Tool calls have no content.
         _content_text(message.get("content"))
         for message in plain_values(completion)
         if message.get("role", "assistant") == "assistant"
@@ -156,9 +156,9 @@ def said(completion: Any) -> str:
 
 
 def as_prompt(content: Any, metadata: Mapping[str, Any]) -> Prompt:
-    """A prompt from a text or messages, and metadata; its id is the metadata's, or its text.
+    """Make a prompt from content and metadata; its id is `metadata["id"]` or its text.
 
-    Both may come from tables: see `plain_values`. A value that is None is not given.
+    Values from tables are converted with `plain_values`; None counts as missing.
     """
     content, metadata = plain_values(content), plain_values(metadata)
     if not isinstance(content, str):
@@ -171,57 +171,57 @@ def as_prompt(content: Any, metadata: Mapping[str, Any]) -> Prompt:
 
 
 def _content_text(content: Any) -> str:
-    """A message's content: a text, nothing, or the texts among its parts."""
+    """Return the text of a message's content: a string, None, or a list of parts."""
     if content is None or isinstance(content, str):
         return content or ""
     return "".join(part["text"] for part in content if part.get("type") == "text")
 
 
 class AdaptedReward(RewardModel):
-    """A function, which names the reward, as a reward model: a subclass gives `value` or `values`.
+    """Base class of reward models from functions; a subclass implements `value` or `values`.
 
-    It does not apply to prompts whose metadata lack what is required (`missing`).
+    The name is the function's. It does not apply to prompts without required metadata (`missing`).
     """
 
     advice = "Fix the function."
-    """What an error says at its end."""
+    """The last sentence of error messages."""
     answer_keys = ""
-    """Where a missing answer may stand, for the error."""
+    """A note on the accepted keys of a missing answer, for the error message."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
         self.name = callable_name(function)
 
     def missing(self, prompt: Prompt) -> list[str]:
-        """What it requires of a prompt's metadata that they do not have."""
+        """Return the required metadata keys that a prompt lacks."""
         return []
 
     def value(self, prompt: Prompt, response: str) -> Any:
-        """What is said of a response, which becomes a checked number."""
+        """Return the score of one response; it is then checked and converted to a float."""
         raise NotImplementedError
 
     def values(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Sequence[Any]:
-        """What is said of each response; by default one at a time."""
+        """Return the scores of the responses; by default, call `value` for each."""
         return [self.value(*row) for row in zip(prompts, responses, strict=True)]
 
     def applies_to(self, prompt: Prompt) -> bool:
-        """Whether the prompt's metadata have what is required."""
+        """Return whether the prompt has the required metadata."""
         return not self.missing(prompt)
 
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> FloatArray:
-        """Return float64[B]; an error where one is no number names the prompt and the response."""
+        """Return float64[B]; the error for a value that is not a number names its prompt."""
         for prompt in prompts:
             if missing := self.missing(prompt):
                 raise RewardError(
                     f"Reward model {self.name!r}, prompt {prompt.id!r}: expected {missing} in the "
                     f"metadata{self.answer_keys}, got the keys {sorted(prompt.metadata)}. Add "
-                    "them, or leave out the prompt."
+                    "them, or remove the prompt."
                 )
         rows = zip(self.values(prompts, responses), prompts, responses, strict=True)
         return np.array([number(v, self.name, p, r) for v, p, r in rows], dtype=np.float64)
 
     def called(self, prompt: Prompt, response: str, function: Callable[[], Any]) -> Any:
-        """What a function says of one response; whatever it raises names prompt and response."""
+        """Call a function for one response; its errors name the prompt and the response."""
         try:
             return awaited(function())
         except (KeyboardInterrupt, RewardError):
@@ -235,15 +235,15 @@ class AdaptedReward(RewardModel):
 
 
 class RewardFunction:
-    """A reward model, or whatever `as_reward_model` takes, as a function under its name."""
+    """Base class of functions made from a reward model or anything `as_reward_model` accepts."""
 
     def __init__(self, reward_model: RewardLike) -> None:
-        # It imports what uses this.
+        # Imported here to avoid a circular import.
         from mbrl_text_env.rewards.adapters import as_reward_model
 
         self.reward_model = as_reward_model(reward_model)
         self.__name__ = self.reward_model.name
 
     def totals(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
-        """The scores as plain numbers."""
+        """Return the scores as a list of floats."""
         return score_responses(self.reward_model, prompts, responses).total.tolist()

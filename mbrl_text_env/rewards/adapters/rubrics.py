@@ -1,4 +1,4 @@
-"""The rubrics of OpenEnv as reward models, and reward models as rubrics.
+"""Convert OpenEnv rubrics to reward models, and reward models to rubrics.
 
 Source: `openenv.core.rubrics.Rubric` (RFC 004 of OpenEnv): `rubric(action, observation) -> float`.
 """
@@ -14,17 +14,17 @@ from mbrl_text_env.types import Prompt
 
 
 class TextAction(str):
-    """A response as OpenEnv's action: a text with `metadata`."""
+    """A response as an OpenEnv action: a string with `metadata`."""
 
     def __init__(self, response: str) -> None:
         self.metadata: Mapping[str, Any] = {}
 
 
 class TextObservation(str):
-    """A prompt as OpenEnv's observation: a text with `prompt`, `metadata`, `done` and `reward`."""
+    """A prompt as an OpenEnv observation: a string with `prompt`, `metadata`, `done`, `reward`."""
 
     def __new__(cls, prompt: Prompt) -> TextObservation:
-        """Make the observation at the end of a response to a prompt."""
+        """Create the final observation of an episode."""
         return super().__new__(cls, prompt.text)
 
     def __init__(self, prompt: Prompt) -> None:
@@ -36,24 +36,23 @@ class TextObservation(str):
 
 
 class OpenEnvReward(AdaptedReward):
-    """A rubric of OpenEnv as a reward model, called once a response.
+    """A reward model from an OpenEnv rubric, called once per response; it can be async.
 
-    An episode is one step: the action is the response (`TextAction`), the observation what is known
-    at the end (`TextObservation`), with `done` True. Before each the rubric, which may be async,
-    and those within it are reset, as by an environment, so that those which collect a trajectory
-    start anew.
+    An episode has one step. The action is the response (`TextAction`); the observation is the
+    prompt (`TextObservation`), with `done` True. The rubric and its child rubrics are reset before
+    each episode, as an environment does, because some rubrics collect a trajectory.
 
     Example:
         >>> reward = OpenEnvReward(MyRubric())  # doctest: +SKIP
     """
 
     advice = (
-        "Fix the rubric; if it expects the types of its environment, pass a function of prompt and "
-        "response that calls it with these."
+        "Fix the rubric. If it expects the types of its environment, pass a function of prompt and "
+        "response that calls it with these types."
     )
 
     def value(self, prompt: Prompt, response: str) -> Any:
-        """What the rubric says."""
+        """Return the result of the rubric."""
         rubric: Any = self.function
 
         def episode() -> Any:
@@ -65,9 +64,10 @@ class OpenEnvReward(AdaptedReward):
 
 
 def to_openenv(reward_model: RewardLike) -> Any:
-    """Return a reward model as a `Rubric` of OpenEnv, which an environment calls when it steps.
+    """Convert a reward model to an OpenEnv `Rubric`, which an environment calls in each step.
 
-    The action is the response, a text; the observation the prompt, a text or `TextObservation`.
+    The action is the response, a string. The observation is the prompt, a string or
+    `TextObservation`.
 
     Example:
         >>> from mbrl_text_env.rewards import SentimentReward
@@ -86,7 +86,7 @@ def to_openenv(reward_model: RewardLike) -> Any:
         def forward(self, action: Any, observation: Any) -> float:
             if not isinstance(action, str) or not isinstance(observation, str):
                 raise TypeError(
-                    f"Expected texts, got a {type(action).__name__} as action and a "
+                    f"Expected strings, got a {type(action).__name__} as action and a "
                     f"{type(observation).__name__} as observation. Pass response and prompt."
                 )
             prompt = getattr(observation, "prompt", None) or as_prompt(observation, {})

@@ -1,8 +1,8 @@
-"""Reward functions of TRL, verl and OpenRLHF, both ways.
+"""Convert reward functions of TRL, verl and OpenRLHF to reward models, and back.
 
-`...FunctionReward` makes the trainer's call from prompts and responses, `to_...` answers it with a
-reward model. Sources: `GRPOTrainer._calculate_rewards` of TRL; `NaiveRewardManager` and
-`BatchRewardManager` in verl/workers/reward_manager; examples/python/reward_func.py of OpenRLHF.
+`...FunctionReward` calls a function as its trainer does; `to_...` makes a function for a trainer.
+Sources: `GRPOTrainer._calculate_rewards` of TRL; `NaiveRewardManager` and `BatchRewardManager` in
+verl/workers/reward_manager; examples/python/reward_func.py of OpenRLHF.
 """
 
 from __future__ import annotations
@@ -29,25 +29,25 @@ from mbrl_text_env.rewards.base import RewardError, RewardLike, score_responses
 from mbrl_text_env.types import Prompt
 
 END_TEXTS = ("<|im_end|>", "<|eot_id|>", "<|endoftext|>", "<end_of_turn>", "</s>")
-"""Stop tokens as text, which OpenRLHF leaves at the end of a query."""
+"""Stop tokens as text; OpenRLHF keeps them at the end of a query."""
 
-# What TRL's trainer adds to every call; not columns of the data.
+# Keywords that TRL's trainer adds to every call; they are not columns of the dataset.
 _TRAINER_KEYWORDS = ("completion_ids", "trainer_state", "log_extra", "log_metric", "environments")
 _VERL_PROMPT_KEYS = ("prompt", "raw_prompt", "question", "problem")
 
 
 class TRLFunctionReward(AdaptedReward):
-    """A reward function of TRL as a reward model, called once a batch with keywords only.
+    """A reward model from a TRL reward function, called once per batch with keywords only.
 
-    Passed is what the function names, or all if it takes `**kwargs`: `prompts` and `completions`,
-    strings for plain text and lists of messages for chats (a batch of both makes two calls); the
-    prompts' metadata, each key a column, None where a prompt lacks it (the reward does not apply to
-    prompts without a column that the function requires); `trainer_state` as None, and `log_extra`
-    and `log_metric`, which do nothing.
+    The function gets the keywords it names, or all if it takes `**kwargs`. `prompts` and
+    `completions` are strings for plain text and lists of messages for chats (a batch of both makes
+    two calls). Each metadata key of the prompts is a column, with None for prompts that lack it.
+    The reward does not apply to prompts that lack a required column. `trainer_state` is None;
+    `log_extra` and `log_metric` do nothing.
 
     Args:
-        function: `f(prompts, completions, completion_ids, **columns) -> list[float | None]`. None,
-            for a prompt that it does not apply to, is an error. May be async.
+        function: `f(prompts, completions, completion_ids, **columns) -> list[float | None]`; it can
+            be async. Returning None ("does not apply") is an error.
         encode: See `as_reward_model`; needed if the function requires `completion_ids`.
 
     Example:
@@ -66,18 +66,18 @@ class TRLFunctionReward(AdaptedReward):
         if encode is None and "completion_ids" in required(self.function):
             raise TypeError(
                 f"Reward function {self.name!r} needs `completion_ids`, but a reward model sees "
-                "text only. Pass as_reward_model(function, encode=...), which gives a text's ids."
+                "text only. Call as_reward_model(function, encode=...) to encode the text."
             )
 
     def missing(self, prompt: Prompt) -> list[str]:
-        """Columns that the function requires; one that is None is not there."""
+        """Return the required columns that the prompt lacks; None counts as missing."""
         given = (key for key, value in prompt.metadata.items() if value is not None)
         return sorted(
             required(self.function) - {"prompts", "completions", *_TRAINER_KEYWORDS, *given}
         )
 
     def values(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[Any]:
-        """What the function returns for each completion."""
+        """Return the function's result for each completion."""
         values: list[Any] = [None] * len(responses)
         for kind in (True, False):
             rows = [i for i, p in enumerate(prompts) if isinstance(p.content, str) is kind]
@@ -107,11 +107,11 @@ class TRLFunctionReward(AdaptedReward):
 
 
 class TRLReward(RewardFunction):
-    """A reward model as a reward function of TRL, also named `to_trl`.
+    """A TRL reward function from a reward model, also named `to_trl`.
 
-    The columns of the data set become the prompts' metadata, and a column `id` their ids. A row
-    that the reward model does not apply to gives None, which TRL leaves out of its sum. Of a
-    completion of several messages, the assistant's are scored, joined by line breaks.
+    The columns of the dataset become the prompts' metadata, and a column `id` their ids. If the
+    reward model does not apply to a row, the value is None, which TRL leaves out of its sum. If a
+    completion has several messages, the assistant's messages are joined by line breaks and scored.
 
     Example:
         >>> from mbrl_text_env.rewards import SentimentReward
@@ -124,7 +124,7 @@ class TRLReward(RewardFunction):
     def __call__(
         self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any
     ) -> list[float | None]:
-        """Score completions as `GRPOTrainer` asks for it."""
+        """Score completions with the signature that `GRPOTrainer` expects."""
         known = {
             key: self._column(key, values, len(prompts))
             for key, values in {"completions": completions, **columns}.items()
@@ -150,13 +150,13 @@ class TRLReward(RewardFunction):
 
 
 class VerlFunctionReward(AdaptedReward):
-    """A `compute_score` of verl as a reward model, called once a response or, in plurals, a batch.
+    """A reward model from verl's `f(data_source, solution_str, ground_truth, extra_info=None)`.
 
-    It gets `data_source` from the prompt's metadata, `ground_truth` from metadata["reward_model"]
-    ["ground_truth"] or `REFERENCE_KEYS`, and as `extra_info` the metadata of that name, else all of
-    them, with the prompt under "prompt". Of a dict that is returned, "score" counts (in old
-    versions "reward"). It is `f(data_source, solution_str, ground_truth, extra_info=None)`, or all
-    in plural; may be async. If its `ground_truth` has no default, it applies to prompts with one.
+    The function is called once per response, or once per batch if its parameters are plural
+    (`solution_strs`, ...). It can be async. `data_source` comes from the metadata; `ground_truth`
+    from metadata["reward_model"]["ground_truth"] or `REFERENCE_KEYS`. `extra_info` is the metadata
+    of that name, or all metadata, plus the "prompt". In a returned dict, "score" (in old versions
+    "reward") is used. If `ground_truth` has no default, the reward applies to prompts with one.
 
     Example:
         >>> def compute_score(data_source, solution_str, ground_truth, extra_info=None):
@@ -169,12 +169,12 @@ class VerlFunctionReward(AdaptedReward):
     answer_keys = f" (under 'reward_model' or one of {list(REFERENCE_KEYS)})"
 
     def missing(self, prompt: Prompt) -> list[str]:
-        """The ground truth, if the function requires one."""
+        """Return the ground truth's key if it is required and missing."""
         needed = not {"ground_truth", "ground_truths"}.isdisjoint(required(self.function))
         return ["ground_truth"] if needed and reference_answer(prompt) is None else []
 
     def values(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[Any]:
-        """The number in what the function returns for each response."""
+        """Return the function's score for each response."""
         if not responses or "solution_strs" not in parameters(self.function):
             values = super().values(prompts, responses)
         else:
@@ -185,7 +185,7 @@ class VerlFunctionReward(AdaptedReward):
         return [v.get("score", v.get("reward")) if isinstance(v, Mapping) else v for v in values]
 
     def value(self, prompt: Prompt, response: str) -> Any:
-        """What the function returns for one response."""
+        """Return the function's result for one response."""
         keywords = accepted(self.function, self._row(prompt, response))
         return self.called(prompt, response, lambda: self.function(**keywords))
 
@@ -204,14 +204,14 @@ class VerlFunctionReward(AdaptedReward):
 
 
 class VerlReward(RewardFunction):
-    """A reward model as verl's `compute_score`, also named `to_verl`.
+    """A verl `compute_score` function from a reward model, also named `to_verl`.
 
-    In verl's configuration it is named by a file, `custom_reward_function.path=my_reward.py`, whose
-    content can be `compute_score = to_verl(make("relevance"))`.
+    In verl's configuration, set `custom_reward_function.path=my_reward.py`. The file can contain
+    `compute_score = to_verl(make("relevance"))`.
 
-    verl does not pass the prompt: it is read from `extra_info`, under "prompt", "raw_prompt",
-    "question" or "problem"; without one there is an error, unless `needs_prompt=False`. The ground
-    truth becomes the metadata "ground_truth" and "reference_answer"; the rest stands beside.
+    verl does not pass the prompt, so it is read from "prompt", "raw_prompt", "question" or
+    "problem" in `extra_info`. If all are missing, it is an error unless `needs_prompt=False`. The
+    metadata are the rest of `extra_info`, plus the truth as "ground_truth" and "reference_answer".
 
     Example:
         >>> from mbrl_text_env.rewards import SentimentReward
@@ -232,7 +232,7 @@ class VerlReward(RewardFunction):
         extra_info: Mapping[str, Any] | None = None,
         **columns: Any,
     ) -> float | list[float]:
-        """Score one response, or those in `solution_strs`, with the other names in plural too."""
+        """Score one response, or a batch if `solution_strs` and other plural names are given."""
         texts = columns.get("solution_strs")
         if texts is None:
             if solution_str is None:
@@ -240,7 +240,7 @@ class VerlReward(RewardFunction):
             prompt = self._prompt(data_source, ground_truth, extra_info)
             return self.totals([prompt], [str(solution_str)])[0]
         given = [columns.get(name) for name in ("data_sources", "ground_truths", "extra_infos")]
-        # verl passes arrays, which are neither true nor false.
+        # verl passes arrays, which have no truth value.
         filled = [[None] * len(texts) if column is None else column for column in given]
         prompts = [self._prompt(*row) for row in zip(*filled, strict=True)]
         return self.totals(prompts, list(map(str, texts)))
@@ -252,19 +252,19 @@ class VerlReward(RewardFunction):
             raise RewardError(
                 f"Reward model {self.__name__!r}: expected the prompt in extra_info, under one of "
                 f"{list(_VERL_PROMPT_KEYS)}, got the keys {sorted(rest)}. Add it to the data, or "
-                "pass to_verl(reward, needs_prompt=False) if the reward does not look at it."
+                "call to_verl(reward, needs_prompt=False) if the reward does not use the prompt."
             )
         content = rest.pop(key) if key is not None else "(not passed by verl)"
         return as_prompt(content, {**rest, "data_source": source, **_truths(truth)})
 
 
 class OpenRLHFFunctionReward(AdaptedReward):
-    """A reward function of OpenRLHF as a reward model, called once a batch.
+    """A reward model from an OpenRLHF reward function, called once per batch; it can be async.
 
-    A query is the prompt's text with the response right behind it (OpenRLHF has applied the chat
-    template before; here there are no template marks). A label is the prompt's reference answer,
-    as for verl's functions, or "", as where OpenRLHF's data have none. Of a dict, "rewards" counts,
-    or "scores" where that is alone. May be async.
+    A query is the prompt's text directly followed by the response. (OpenRLHF applies the chat
+    template first; here there are no template tokens.) A label is the prompt's reference answer, as
+    for verl's functions, or "", as in OpenRLHF data without one. In a returned dict, "rewards" is
+    used, or "scores" if there are no "rewards".
 
     Example:
         >>> def reward_func(queries, prompts, labels, **kwargs):
@@ -275,7 +275,7 @@ class OpenRLHFFunctionReward(AdaptedReward):
     """
 
     def values(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[Any]:
-        """What the function returns for each query."""
+        """Return the function's result for each query."""
         labels = map(reference_answer, prompts)
         offered = {
             "queries": [p.text + r for p, r in zip(prompts, responses, strict=True)],
@@ -289,14 +289,14 @@ class OpenRLHFFunctionReward(AdaptedReward):
 
 
 class OpenRLHFReward(RewardFunction):
-    """A reward model as OpenRLHF's `reward_func`, also named `to_openrlhf`.
+    """An OpenRLHF `reward_func` from a reward model, also named `to_openrlhf`.
 
-    It is named by a file, `--remote_rm_url my_reward.py`, whose content can be
+    Pass a file to OpenRLHF, `--remote_rm_url my_reward.py`, which can contain
     `reward_func = to_openrlhf(make("sentiment"))`.
 
-    The response is what follows the prompt in a query, without `end_texts`, stop tokens as text. A
-    label becomes the metadata "reference_answer" and "ground_truth"; "" and None are none. Returned
-    are float32 tensors: "rewards" and "scores", both the total, and in "extra_logs" the parts.
+    The response is the part of a query after the prompt, without `end_texts` (stop tokens as text).
+    A label becomes the metadata "reference_answer" and "ground_truth", unless it is "" or None. The
+    result has float32 tensors: the total as "rewards" and "scores", the parts in "extra_logs".
 
     Example:
         >>> from mbrl_text_env.rewards import SentimentReward
@@ -334,7 +334,7 @@ class OpenRLHFReward(RewardFunction):
         if not query.startswith(prompt):
             raise RewardError(
                 f"Reward model {self.__name__!r}: expected a query that begins with its prompt "
-                f"{prompt[:80]!r}, got {query[:80]!r}. Pass prompts as they stand in the queries."
+                f"{prompt[:80]!r}, got {query[:80]!r}. Pass prompts exactly as in the queries."
             )
         response = query[len(prompt) :]
         for text in self.end_texts:
@@ -350,4 +350,4 @@ def _truths(truth: Any) -> dict[str, Any]:
 
 
 def _ignore(*args: Any, **kwargs: Any) -> None:
-    """Stand in for TRL's log."""
+    """Ignore TRL's log calls."""

@@ -1,1 +1,1 @@
-"""Rewards made of rewards: combinations, changes of scale, penalties, a cache, a time limit."""
+"""Composite rewards: combinations, rescaling, penalties, a cache and a time limit."""

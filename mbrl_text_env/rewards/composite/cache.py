@@ -1,4 +1,4 @@
-"""Scores kept on the disk, so that no text is scored twice."""
+"""A reward that caches scores on disk, to avoid scoring a response twice."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ _BUSY_SECONDS = 60.0
 
 @dataclass(eq=False, repr=False)
 class CachedReward(Wrapper):
-    """A reward whose scores are kept in a file and looked up there the next time.
+    """A reward that stores its scores in a file and reads them from there the next time.
 
-    The key of a score is the reward model (`runs.identity`) with this package's version, the
-    prompt's content and metadata, and the response; `num_found` and `num_computed` count them.
-    Several processes may share a file, and one that is killed leaves it whole. A score that is
-    looked up is charged too, so that what agents may spend does not depend on earlier runs.
+    The key of a score consists of the reward model (`runs.identity`), this package's version, the
+    prompt's content and metadata, and the response. `num_found` counts the scores read from the
+    file and `num_computed` the others. Several processes can share a file; killing one does not
+    damage it. Cached scores are charged too, so an agent's budget is independent of earlier runs.
 
     Args:
-        reward: The reward; deterministic, as all are.
-        path: A SQLite file; made if it is not there.
+        reward: The reward. It must be deterministic, like every reward.
+        path: A SQLite file; created if it does not exist.
 
     Example:
         >>> from mbrl_text_env.rewards import SentimentReward
@@ -52,7 +52,7 @@ class CachedReward(Wrapper):
         self.num_found = self.num_computed = 0
 
     def identity(self) -> Any:
-        """That of the reward: scores that are looked up are the same."""
+        """Return the identity of the reward, since caching does not change its scores."""
         return identity(self.reward)
 
     def score_parts(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Scores:
@@ -70,7 +70,7 @@ class CachedReward(Wrapper):
         return Scores(np.array([total for total, _ in values], dtype=np.float64), parts)
 
     def score_steps(self, prompt: Prompt, steps: Sequence[str]) -> FloatArray:
-        """Return float64[len(steps)], the reward's."""
+        """Return float64[len(steps)], the reward's step scores."""
         key = self._digest(prompt, list(steps))
         (values,) = self._looked_up(
             [key], lambda _: [score_steps(self.reward, prompt, steps).tolist()]
@@ -80,7 +80,7 @@ class CachedReward(Wrapper):
     def _looked_up(
         self, keys: Sequence[bytes], compute: Callable[[Sequence[int]], list[Any]]
     ) -> list[Any]:
-        """The values of the keys; `compute` is asked for those of the rows that are missing."""
+        """Return the values of the keys; call `compute` with the rows that are missing."""
         first = {key: i for i, key in reversed(list(enumerate(keys)))}
         with self._connection() as connection:
             kept = {key: connection.execute(_SELECT, (key,)).fetchone() for key in first}
@@ -104,23 +104,23 @@ class CachedReward(Wrapper):
         except (TypeError, ValueError) as error:
             raise RewardError(
                 f"Reward model {self.name!r}, prompt {prompt.id!r}: expected metadata of JSON "
-                f"values to look a score up by, got {prompt.metadata!r:.80} ({error}). Leave out "
-                "what JSON cannot hold, or do not cache."
+                f"values as a cache key, got {prompt.metadata!r:.80} ({error}). Remove values "
+                "that JSON cannot represent, or do not cache."
             ) from error
         return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
 
     @contextmanager
     def _connection(self) -> Iterator[sqlite3.Connection]:
-        """A connection whose changes are kept if the block ends without an error."""
+        """Open a connection, and commit if the block ends without an error."""
         try:
-            # A connection of its own for every call: they may not pass from thread to thread.
+            # One connection per call, because threads must not share connections.
             with closing(sqlite3.connect(self.path, timeout=_BUSY_SECONDS)) as connection:
                 connection.execute(_CREATE)
                 with connection:
                     yield connection
         except sqlite3.Error as error:
             raise RewardError(
-                f"Reward model {self.name!r}: expected {str(self.path)!r} to be a file of scores "
-                f"that can be read and written, got {type(error).__name__}: {error}. Remove the "
-                "file, or give another path."
+                f"Reward model {self.name!r}: expected {str(self.path)!r} to be a readable and "
+                f"writable file of scores, got {type(error).__name__}: {error}. Remove the "
+                "file, or pass another path."
             ) from error

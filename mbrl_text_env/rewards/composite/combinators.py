@@ -1,7 +1,6 @@
-"""Rewards made of several rewards: sums, products, gates, ensembles.
+"""Rewards that combine several rewards: sums, products, gates and ensembles.
 
-`Combinator` has all that such rewards hand on from their parts; `transforms.py` has those that
-change one reward.
+`Combinator` is their base class. `transforms.py` has the rewards that modify a single reward.
 """
 
 from __future__ import annotations
@@ -31,15 +30,15 @@ from mbrl_text_env.types import FloatArray, Prompt, one_of
 
 EnsembleRule = Literal["mean", "min", "mean-std"]
 Totals: TypeAlias = Sequence[FloatArray]
-"""float64[B] of each reward."""
+"""The scores of each reward, float64[B]."""
 Combined: TypeAlias = tuple[FloatArray, Mapping[str, FloatArray]]
-"""The combined scores, float64[B], and parts besides those of the rewards."""
+"""The combined scores, float64[B], and parts in addition to those of the rewards."""
 Prompts: TypeAlias = Sequence[Prompt]
 Texts: TypeAlias = Sequence[str]
 
 
 class _NoTexts(Sequence[str]):
-    """Stands for responses of which the counts alone are known."""
+    """A placeholder for responses of which only the counts are known."""
 
     def __init__(self, count: int) -> None:
         self._length = count
@@ -49,26 +48,26 @@ class _NoTexts(Sequence[str]):
 
     def __getitem__(self, index: Any) -> Any:
         raise RewardError(
-            "Expected a combination of scores, got one that reads the responses, which nobody has "
-            "written. Give it `feature_names` and `score_features` of its own."
+            "Expected `combine` to use scores only, but it reads the responses, which do not exist "
+            "when counts are scored. Override `feature_names` and `score_features`."
         )
 
 
 class Combinator(ProcessRewardModel):
-    """What rewards that are made of rewards share; a subclass says in `combine` how.
+    """Base class of rewards that combine rewards; a subclass implements `combine`.
 
-    It applies to a prompt where all of its rewards do, costs what they cost together, and its parts
-    are theirs: under their own names, or, where two would have the same, as "reward/part". Where
-    all of its rewards score steps, so does it, by combining the scores of each step.
+    It applies to a prompt if all of its rewards do, and its cost is the sum of their costs. Its
+    parts are their parts; if two parts share a name, both are called "reward/part". If all rewards
+    score steps, it scores steps too, by combining the scores of each step.
 
-    The rewards, at least one, have names of their own, otherwise there is a `ValueError`. Without a
-    name of its own it is called `default_name`, filled in with `names` and the attributes.
+    There must be at least one reward, and their names must differ (otherwise `ValueError`). Without
+    a `name`, it is called `default_name`, formatted with `names` and the attributes.
     """
 
     name = ""
     default_name: ClassVar[str] = "{names}"
     combines_steps: ClassVar[bool] = True
-    """Whether `combine` means the same for the steps of a response."""
+    """Whether `combine` is also valid for the steps of a response."""
     extra_parts: ClassVar[tuple[str, ...]] = ()
     """Names of the parts that `combine` adds."""
     rewards: Sequence[Any]
@@ -82,16 +81,16 @@ class Combinator(ProcessRewardModel):
         repeated = sorted(name for name, count in Counter(names).items() if count > 1)
         if repeated:
             raise ValueError(
-                f"Expected a name of its own for each reward, got {names}. Add up the weights of "
+                f"Expected a unique name for each reward, got {names}. Add up the weights of "
                 f"{repeated}, or give different rewards different names."
             )
 
     @abstractmethod
     def combine(self, totals: Totals, prompts: Prompts, responses: Texts) -> Combined:
-        """Make one score of the totals of each reward."""
+        """Combine the total scores of the rewards into one score per response."""
 
     def most(self, bounds: Totals, prefixes: Texts) -> FloatArray:
-        """The most that `combine` can make of scores up to `bounds`; by default not known."""
+        """Return float64[B], an upper bound on `combine` given bounds; by default infinity."""
         return np.full(len(prefixes), np.inf)
 
     def score(self, prompts: Prompts, responses: Texts) -> FloatArray:
@@ -99,14 +98,14 @@ class Combinator(ProcessRewardModel):
         return self.score_parts(prompts, responses).total
 
     def score_parts(self, prompts: Prompts, responses: Texts) -> Scores:
-        """Return the combined scores and their parts as they are before, each float64[B]."""
+        """Return the combined scores and the parts of the rewards, each float64[B]."""
         scores = [score_responses(reward, prompts, responses) for reward in self.rewards]
         total, extra = self.combine([inner.total for inner in scores], prompts, responses)
         return Scores(total, {**self._flat_parts([s.parts for s in scores]), **extra})
 
     @property
     def part_names(self) -> tuple[str, ...] | None:
-        """The parts that every score has, or None where a reward does not name its own."""
+        """The names of the parts in every score, or None if a reward does not know its parts."""
         named = [reward.part_names for reward in self.rewards]
         if None in named:
             return None
@@ -117,44 +116,44 @@ class Combinator(ProcessRewardModel):
         )
 
     def feature_names(self, prompt: Prompt) -> tuple[str, ...]:
-        """The counts that the rewards need."""
+        """Return the names of the counts that the rewards need."""
         return tuple(name for each in self.rewards for name in each.feature_names(prompt))
 
     def score_features(self, prompt: Prompt, features: Mapping[str, FloatArray]) -> FloatArray:
-        """Return float64[N], the rewards' scores by counts, combined."""
+        """Return float64[N], the combined scores of the rewards given counts."""
         totals = [score_features(reward, prompt, features) for reward in self.rewards]
         return self.combine(totals, [prompt] * len(totals[0]), _NoTexts(len(totals[0])))[0]
 
     def applies_to(self, prompt: Prompt) -> bool:
-        """Whether all of the rewards can score answers to `prompt`."""
+        """Return whether all rewards can score responses to `prompt`."""
         return all(reward.applies_to(prompt) for reward in self.rewards)
 
     def bound(self, prompts: Prompts, prefixes: Texts) -> FloatArray:
-        """Return float64[B], what the bounds of the rewards leave possible."""
+        """Return float64[B], the upper bound that follows from the bounds of the rewards."""
         bounds = [reward_bounds(reward, prompts, prefixes) for reward in self.rewards]
         return self.most(bounds, prefixes)
 
     @property
     def is_verifier(self) -> bool:  # type: ignore[override]
-        """Whether all of the rewards are."""
+        """Whether all rewards are verifiers."""
         return all(reward.is_verifier for reward in self.rewards)
 
     def suggest(self, prompt: Prompt, prefix: str) -> tuple[str, ...]:
-        """What any of the rewards suggests."""
+        """Return the suggestions of all rewards."""
         return tuple(text for reward in self.rewards for text in reward.suggest(prompt, prefix))
 
     def flops(self, prompts: Prompts, responses: Texts) -> FloatArray:
-        """Return float64[B], the floating-point operations of the rewards together."""
+        """Return float64[B], the sum of the rewards' floating-point operations."""
         counts = [np.asarray(reward.flops(prompts, responses)) for reward in self.rewards]
         return np.sum(counts, axis=0, dtype=np.float64)
 
     def flops_bound(self) -> float:
-        """The most that one response can take."""
+        """Return the upper bound for one response."""
         return sum(reward.usage_bound().reward_flops for reward in self.rewards)
 
     @property
     def scores_steps(self) -> bool:
-        """Whether all of the rewards do, and their scores of a step can be combined."""
+        """Whether all rewards score steps and `combine` is valid for steps."""
         return self.combines_steps and all(reward.scores_steps for reward in self.rewards)
 
     def score_steps(self, prompt: Prompt, steps: Texts) -> FloatArray:
@@ -174,7 +173,7 @@ class Combinator(ProcessRewardModel):
 
 @dataclass(eq=False, repr=False)
 class Wrapper(Combinator):
-    """One reward, as it is or changed; see `Combinator`."""
+    """Base class of rewards that modify or pass on a single reward; see `Combinator`."""
 
     reward: Any
 
@@ -183,15 +182,15 @@ class Wrapper(Combinator):
         self._hold([self.reward])
 
     def change(self, scores: FloatArray) -> FloatArray:
-        """The changed scores, float64[B]: never less for a higher one. By default as they are."""
+        """Return float64[B], a non-decreasing function of the scores; by default the identity."""
         return scores
 
     def combine(self, totals: Totals, prompts: Prompts, responses: Texts) -> Combined:
-        """The scores, changed by `change`."""
+        """Apply `change` to the scores."""
         return self.change(totals[0]), {}
 
     def most(self, bounds: Totals, prefixes: Texts) -> FloatArray:
-        """The bound, changed as scores are."""
+        """Apply `change` to the bound."""
         return self.change(bounds[0])
 
 
@@ -199,8 +198,8 @@ class Wrapper(Combinator):
 class WeightedSum(Combinator):
     """The weighted sum of several rewards.
 
-    Weights are finite and need not add up to 1; one of 0 makes a part that is reported and does not
-    count. The name is by default the formula, such as "0.5*sentiment+relevance".
+    Weights must be finite, but need not add up to 1. A reward of weight 0 is reported as a part but
+    does not count. The default name is the formula, such as "0.5*sentiment+relevance".
 
     Example:
         >>> from mbrl_text_env.rewards import SentimentReward
@@ -231,29 +230,29 @@ class WeightedSum(Combinator):
         self._hold(models)
 
     def combine(self, totals: Totals, prompts: Prompts, responses: Texts) -> Combined:
-        """The weighted sum."""
+        """Return the weighted sum."""
         summed = np.zeros(len(responses))
         for weight, total in zip(self.weights, totals, strict=True):
             summed += weight * total
         return summed, {}
 
     def most(self, bounds: Totals, prefixes: Texts) -> FloatArray:
-        """The weighted sum; not known where a weight is negative, for nothing bounds from below."""
+        """Return the weighted sum; infinity if a weight is negative, as there is no lower bound."""
         terms = [w * b for w, b in zip(self.weights, bounds, strict=True) if w > 0]
         known = terms and min(self.weights) >= 0
         return np.sum(terms, axis=0) if known else super().most(bounds, prefixes)
 
     def reduced(self, dtype: str) -> RewardModel:
-        """The sum of the rewards in another format."""
+        """Return the sum of the rewards in another dtype."""
         return replace(self, rewards=[reward.reduced(dtype) for reward in self.rewards])
 
 
 @dataclass(eq=False, repr=False)
 class Product(Combinator):
-    """The product of several rewards, none of which may be negative.
+    """The product of several rewards, whose scores must not be negative.
 
-    All of them have to be high for the product to be. Two negative factors would make a good one:
-    clip or normalise rewards that can be negative first.
+    The product is high only if all scores are high. Two negative factors would give a positive
+    product, so clip rewards that can be negative, or normalise them to be non-negative, first.
 
     Example:
         >>> from mbrl_text_env.rewards import Clip, ConstraintsReward, SentimentReward
@@ -271,19 +270,19 @@ class Product(Combinator):
         self._hold(self.rewards)
 
     def combine(self, totals: Totals, prompts: Prompts, responses: Texts) -> Combined:
-        """The product."""
+        """Return the product."""
         for reward, total in zip(self.rewards, totals, strict=True):
             if (total < 0).any():
                 row = int(np.argmax(total < 0))
                 raise RewardError(
-                    f"Reward model {self.name!r}: expected factors from 0 up, got {total[row]:g} "
-                    f"from {reward.name!r} for prompt {prompts[row].id!r}, response "
-                    f"{responses[row][:80]!r}. Clip or normalise that reward, or add instead."
+                    f"Reward model {self.name!r}: expected factors of at least 0, got "
+                    f"{total[row]:g} from {reward.name!r} for prompt {prompts[row].id!r}, response "
+                    f"{responses[row][:80]!r}. Clip or normalise that reward, or use a sum."
                 )
         return np.prod(np.stack(totals), axis=0), {}
 
     def most(self, bounds: Totals, prefixes: Texts) -> FloatArray:
-        """The product; 0 where a factor can only be 0, whatever the others are."""
+        """Return the product of the bounds; 0 if one of them is 0, even if another is infinite."""
         stacked = np.maximum(np.stack(bounds), 0.0)
         with np.errstate(invalid="ignore"):
             return np.where((stacked == 0).any(axis=0), 0.0, stacked.prod(axis=0))
@@ -291,14 +290,14 @@ class Product(Combinator):
 
 @dataclass(eq=False, repr=False)
 class Gate(Combinator):
-    """A reward that counts only where another one holds.
+    """A reward that counts only if another reward reaches a threshold.
 
     Args:
         reward: The reward.
         condition: The reward that has to reach `threshold`, such as `ConstraintsReward()`.
-        threshold: The least score of `condition` that opens the gate.
-        closed: The score where it stays closed. It should be no better than what `reward` gives to
-            bad responses, which is -1 for sentiment.
+        threshold: The lowest score of `condition` that opens the gate.
+        closed: The score if the gate is closed. It should not be higher than the score of `reward`
+            for bad responses, for example -1 for sentiment.
 
     Example:
         >>> from mbrl_text_env.rewards import ConstraintsReward, SentimentReward
@@ -322,33 +321,33 @@ class Gate(Combinator):
         self._hold([self.reward, self.condition])
 
     def combine(self, totals: Totals, prompts: Prompts, responses: Texts) -> Combined:
-        """The reward where the condition holds, `closed` elsewhere."""
+        """Return the reward if the condition holds, otherwise `closed`."""
         return np.where(self._opens(totals[1]), totals[0], self.closed), {}
 
     def most(self, bounds: Totals, prefixes: Texts) -> FloatArray:
-        """What the closed gate gives, or the reward can, where the condition can still hold."""
+        """Return the higher of both outcomes, or `closed` if the condition can no longer hold."""
         return np.where(self._opens(bounds[1]), np.maximum(bounds[0], self.closed), self.closed)
 
     def _opens(self, condition: FloatArray) -> Any:
-        # A fraction such as 3 of 3 constraints may miss 1 by its rounding.
+        # Rounding can keep a fraction such as 3 of 3 constraints slightly below 1.
         return condition >= self.threshold - 1e-9
 
 
 @dataclass(eq=False, repr=False)
 class Ensemble(Combinator):
-    """Several judges of the same thing, whose disagreement counts against a response.
+    """An ensemble of rewards for the same quality, with an optional penalty for disagreement.
 
-    The judges should be on one scale; see `Normalise`. Its parts are the judges' scores and
-    "disagreement", their standard deviation.
+    The rewards should have the same scale; see `Normalise`. The parts are the scores of the rewards
+    and "disagreement", the standard deviation of these scores.
 
     Source: Coste et al., "Reward Model Ensembles Help Mitigate Overoptimization", ICLR 2024 (mean,
     worst case, uncertainty-weighted). Deviation: the uncertainty is the standard deviation, which
-    is in the score's units, where the paper takes the variance.
+    has the units of the score; the paper uses the variance.
 
     Args:
-        rewards: At least two reward models, each with a name of its own.
-        rule: `"mean"`, `"min"`, or `"mean-std"`: the mean minus `k` standard deviations (of the
-            judges at hand, divided by their number).
+        rewards: At least two reward models with different names.
+        rule: `"mean"`, `"min"`, or `"mean-std"`: the mean minus `k` standard deviations (the
+            population standard deviation of the rewards' scores).
         k: See `rule`; at least 0.
 
     Example:
@@ -373,13 +372,13 @@ class Ensemble(Combinator):
         check_finite(self, "k")
         if self.k < 0 or len(self.rewards) < 2:
             raise ValueError(
-                "Ensemble: expected at least two rewards and k from 0 up, got "
+                "Ensemble: expected at least two rewards and k of at least 0, got "
                 f"{len(self.rewards)} rewards and k={self.k}."
             )
         self._hold(self.rewards)
 
     def combine(self, totals: Totals, prompts: Prompts, responses: Texts) -> Combined:
-        """The mean, the minimum, or the mean minus k standard deviations."""
+        """Return the mean, the minimum, or the mean minus k standard deviations."""
         stacked = np.stack(totals)
         disagreement = stacked.std(axis=0)
         if self.rule == "min":
@@ -388,6 +387,6 @@ class Ensemble(Combinator):
         return stacked.mean(axis=0) - k * disagreement, {"disagreement": disagreement}
 
     def most(self, bounds: Totals, prefixes: Texts) -> FloatArray:
-        """The mean or the minimum; a standard deviation is at least 0."""
+        """Return the mean or the minimum of the bounds; a standard deviation is at least 0."""
         stacked = np.stack(bounds)
         return stacked.min(axis=0) if self.rule == "min" else stacked.mean(axis=0)

@@ -1,6 +1,6 @@
-"""One reward, changed: clipped, rescaled, lowered by a penalty, priced, or limited in time.
+"""Rewards that modify one reward: clip, rescale, penalise, price it, or limit its time.
 
-Each keeps the scores of the reward inside it as parts for the report, and penalties add their own.
+The parts of the inner reward are kept for reports; penalties add a part of their own.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ T = TypeVar("T")
 
 @dataclass(eq=False, repr=False)
 class Clip(Wrapper):
-    """A reward kept from `low` to `high`, of which one may be None.
+    """A reward clipped to the range from `low` to `high`; one of them can be None.
 
     Example:
         >>> from mbrl_text_env.rewards import SentimentReward
@@ -61,13 +61,13 @@ class Clip(Wrapper):
         super().__post_init__()
 
     def change(self, scores: FloatArray) -> FloatArray:
-        """The scores within the bounds."""
+        """Clip the scores."""
         return np.clip(scores, self.low, self.high)
 
 
 @dataclass(eq=False, repr=False)
 class Threshold(Wrapper):
-    """1 where a reward is at least `threshold`, a finite number; 0 elsewhere.
+    """1 if a reward is at least `threshold`, a finite number; otherwise 0.
 
     Example:
         >>> from mbrl_text_env.rewards import SentimentReward
@@ -85,13 +85,13 @@ class Threshold(Wrapper):
         super().__post_init__()
 
     def change(self, scores: FloatArray) -> FloatArray:
-        """1 or 0."""
+        """Return 1 or 0 for each score."""
         return (scores >= self.threshold).astype(np.float64)
 
 
 @dataclass(eq=False, repr=False)
 class Normalise(Wrapper):
-    """A reward minus `mean`, in units of `std`; both are fixed, finite, and `std` is above 0.
+    """A reward minus `mean`, divided by `std`; both are constant and finite, and `std` is positive.
 
     Example:
         >>> from mbrl_text_env.rewards import SentimentReward
@@ -111,27 +111,27 @@ class Normalise(Wrapper):
         super().__post_init__()
 
     def change(self, scores: FloatArray) -> FloatArray:
-        """(score - mean) / std."""
+        """Return (score - mean) / std."""
         return (scores - self.mean) / self.std
 
 
 class Penalty(Wrapper):
-    """A reward minus `weight` times a penalty for each whole response, which is also a part."""
+    """A reward minus `weight` times a penalty per response; the weighted penalty is a part."""
 
     combines_steps: ClassVar[bool] = False
     weight: float
 
     @abstractmethod
     def penalty(self, response: str) -> float:
-        """What a response is charged, before the weight."""
+        """Return the penalty of a response before it is weighted."""
 
     def combine(self, totals: Totals, prompts: Prompts, responses: Texts) -> Combined:
-        """The reward minus the penalty."""
+        """Return the reward minus the weighted penalty."""
         penalty = self.weight * np.array([self.penalty(r) for r in responses], dtype=np.float64)
         return totals[0] - penalty, {self.extra_parts[0]: penalty}
 
     def most(self, bounds: Totals, prefixes: Texts) -> FloatArray:
-        """That of the reward: a penalty may still fall to 0."""
+        """Return the bound of the reward, since the penalty can still fall to 0."""
         return bounds[0]
 
 
@@ -139,11 +139,11 @@ class Penalty(Wrapper):
 class LengthPenalty(Penalty):
     """A reward minus a penalty for each word beyond a limit.
 
-    `max_words` words (runs without white space) are free; each further one costs `weight`, which is
-    above 0.
+    The first `max_words` words (separated by white space) are free. Each further word costs
+    `weight`, which must be positive.
 
     Source: the soft overlong punishment of Yu et al., "DAPO", 2025. Deviations: it counts words,
-    since a reward model sees text, and does not level off.
+    since a reward model sees text, and the penalty is unlimited.
 
     Example:
         >>> from mbrl_text_env.rewards import SentimentReward
@@ -165,31 +165,31 @@ class LengthPenalty(Penalty):
         super().__post_init__()
 
     def feature_names(self, prompt: Prompt) -> tuple[str, ...]:
-        """Those of the reward, and its runs without white space."""
+        """Return the names of the reward's counts and "runs", the words split at white space."""
         return (*super().feature_names(prompt), "runs")
 
     def score_features(self, prompt: Prompt, features: Mapping[str, FloatArray]) -> FloatArray:
-        """Return float64[N], the reward's scores by counts, minus the penalty."""
+        """Return float64[N], the reward's scores given counts, minus the penalty."""
         excess = np.maximum(features["runs"] - self.max_words, 0.0)
         return score_features(self.reward, prompt, features) - self.weight * excess
 
     def penalty(self, response: str) -> float:
-        """Words beyond the limit."""
+        """Return the number of words beyond the limit."""
         return max(0, len(response.split()) - self.max_words)
 
     def most(self, bounds: Totals, prefixes: Texts) -> FloatArray:
-        """That of the reward, minus the penalty so far: words never become fewer."""
+        """Return the reward's bound minus the penalty so far: the word count never decreases."""
         return bounds[0] - self.weight * np.array([self.penalty(p) for p in prefixes])
 
 
 @dataclass(eq=False, repr=False)
 class RepetitionPenalty(Penalty):
-    """A reward minus `weight` (above 0) times the share of n-grams of words that occurred before.
+    """A reward minus `weight` (positive) times the fraction of repeated word n-grams.
 
     Case is ignored. A response of fewer than n words has no penalty.
 
     Source: the repetition penalty of Yeo et al., "Demystifying Long Chain-of-Thought Reasoning in
-    LLMs", 2025. Deviation: it is added to another reward, and not a reward of its own.
+    LLMs", 2025. Deviation: it modifies another reward and is not a reward by itself.
 
     Example:
         >>> from mbrl_text_env.rewards import FunctionReward
@@ -210,27 +210,27 @@ class RepetitionPenalty(Penalty):
         super().__post_init__()
 
     def feature_names(self, prompt: Prompt) -> tuple[str, ...]:
-        """Those of the reward, and its words, with n = 1; else a `RewardError`."""
+        """Return the names of the counts needed; raise `RewardError` unless n = 1."""
         if self.n != 1:
             raise RewardError(
-                f"Reward model {self.name!r}: expected n = 1 for a penalty by counts, got "
-                f"{self.n}. Repeated n-grams are not counted; change n, or use another value model."
+                f"Reward model {self.name!r}: expected n = 1 for scores given counts, got {self.n}."
+                " There is no count of repeated n-grams. Change n, or use another value model."
             )
         return (*super().feature_names(prompt), "runs", "distinct_words")
 
     def score_features(self, prompt: Prompt, features: Mapping[str, FloatArray]) -> FloatArray:
-        """Return float64[N], the reward's scores by counts, minus the penalty."""
+        """Return float64[N], the reward's scores given counts, minus the penalty."""
         runs = features["runs"]
         share = (runs - features["distinct_words"]) / np.maximum(runs, 1.0)
         return score_features(self.reward, prompt, features) - self.weight * share
 
     def penalty(self, response: str) -> float:
-        """The share of n-grams that are repetitions."""
+        """Return the fraction of n-grams that are repetitions."""
         return repeated_share(response, self.n)
 
 
 def repeated_share(text: str, n: int) -> float:
-    """The share of a text's n-grams of words that have occurred before, 0 to below 1."""
+    """Return the fraction of a text's word n-grams that occurred before, in [0, 1)."""
     words = text.casefold().split()
     grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
     return (len(grams) - len(set(grams))) / len(grams) if grams else 0.0
@@ -238,10 +238,10 @@ def repeated_share(text: str, n: int) -> float:
 
 @dataclass(eq=False, repr=False)
 class Priced(Wrapper):
-    """A reward each call of which is charged `price` FLOPs, from 0 up, in place of its own.
+    """A reward that is charged `price` FLOPs (at least 0) per call instead of its own FLOPs.
 
-    It is for a reward whose cost is known and not counted, such as that of a server, and for asking
-    what a search would be worth if the reward were expensive. Scores and parts are the reward's.
+    Use it if the cost of a reward is known but not counted, as with a server, or to find out how a
+    search performs if the reward is expensive. Scores and parts do not change.
 
     Example:
         >>> from mbrl_text_env.rewards import SentimentReward
@@ -258,24 +258,24 @@ class Priced(Wrapper):
         self.price = float(self.price)
 
     def reduced(self, dtype: str) -> RewardModel:
-        """The reward in another format, at the same price."""
+        """Return the reward in another dtype, at the same price."""
         return replace(self, reward=self.reward.reduced(dtype))
 
     def flops(self, prompts: Prompts, responses: Texts) -> FloatArray:
-        """Return float64[B], the price of each."""
+        """Return float64[B], the price of each response."""
         return np.full(len(responses), self.price)
 
     def flops_bound(self) -> float:
-        """The price."""
+        """Return the price."""
         return self.price
 
 
 @dataclass(eq=False, repr=False)
 class TimeLimit(Wrapper):
-    """A reward that is given up on when a call takes longer than `seconds`, above 0 and finite.
+    """A reward that raises `RewardError` if a call takes longer than `seconds` (finite, above 0).
 
-    The call, whatever the size of its batch, runs in a thread; then there is a `RewardError`, and
-    the thread is left behind, since nothing can end it from outside.
+    The limit holds for a call with any batch size. Each call runs in a thread. After a timeout the
+    thread keeps running, because Python cannot stop a thread from outside.
 
     Example:
         >>> from mbrl_text_env.rewards import SentimentReward
@@ -291,11 +291,11 @@ class TimeLimit(Wrapper):
         super().__post_init__()
 
     def identity(self) -> Any:
-        """That of the reward: the limit does not change its scores."""
+        """Return the identity of the reward, since the limit does not change its scores."""
         return identity(self.reward)
 
     def reduced(self, dtype: str) -> RewardModel:
-        """The reward in another format, within the same time."""
+        """Return the reward in another dtype, with the same time limit."""
         return replace(self, reward=self.reward.reduced(dtype))
 
     def score_parts(self, prompts: Prompts, responses: Texts) -> Scores:
@@ -303,11 +303,11 @@ class TimeLimit(Wrapper):
         return self._in_time(lambda: score_responses(self.reward, prompts, responses), prompts)
 
     def bound(self, prompts: Prompts, prefixes: Texts) -> FloatArray:
-        """Return float64[B], the reward's."""
+        """Return float64[B], the reward's bounds."""
         return self._in_time(lambda: reward_bounds(self.reward, prompts, prefixes), prompts)
 
     def score_steps(self, prompt: Prompt, steps: Texts) -> FloatArray:
-        """Return float64[len(steps)], the reward's."""
+        """Return float64[len(steps)], the reward's step scores."""
         return self._in_time(lambda: score_steps(self.reward, prompt, steps), [prompt])
 
     def _in_time(self, function: Callable[[], T], prompts: Prompts) -> T:
@@ -319,7 +319,7 @@ class TimeLimit(Wrapper):
             except BaseException as error:
                 future.set_exception(error)
 
-        # A daemon: a program whose reward hangs can still end.
+        # A daemon thread, so the program can exit even if the reward hangs.
         threading.Thread(target=run, name=f"score {self.name}", daemon=True).start()
         if wait([future], self.seconds).not_done:
             others = f" and {len(prompts) - 1} more" if len(prompts) > 1 else ""

@@ -1,1 +1,1 @@
-"""Rewards that judge by a lexicon, embeddings, a classifier, steps, or a language model."""
+"""Rewards from a lexicon, embeddings, a classifier, a process reward model or a language model."""

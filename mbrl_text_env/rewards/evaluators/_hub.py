@@ -1,7 +1,7 @@
-"""What the evaluators share: loading from the Hub or a folder, batches, padding, and FLOPs.
+"""Helpers of the evaluators: loading from the Hub or a folder, batches, padding and FLOPs.
 
-Code that comes with a model is never run. Weights that transformers would make up, because the
-files lack them, are an error.
+Code in a model's repository is never run. It is an error if weights are missing, which transformers
+would initialise randomly.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ if TYPE_CHECKING:
 
 
 class Evaluator(RewardModel):
-    """What rewards that read texts with a network share: it is loaded when it is first used."""
+    """Base class of rewards with a neural network, which is loaded at first use."""
 
     num_truncated = 0
-    """Texts that were cut so far."""
-    cut = "text(s) to {} tokens, so the rest of them does not count"
-    """What the warning says of texts that are too long."""
+    """The number of texts truncated so far."""
+    cut = "text(s) to {} tokens, and the rest of each text is ignored"
+    """The part of the warning that describes the truncation."""
     counts: ClassVar[tuple[str, ...]] = ("max_length",)
-    """Arguments that are at least 1."""
+    """The arguments that must be at least 1."""
     _loaded: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
-        # Weights are not pickled; a copy loads them again when it is first used.
+        # Weights are not pickled; a copy loads them again at first use.
         return {**self.__dict__, "_loaded": None}
 
     @abstractmethod
@@ -51,31 +51,31 @@ class Evaluator(RewardModel):
     def _note_truncated(self, count: int, limit: int) -> None:
         message = (
             f"cut {count} {self.cut.format(limit)}. Raise max_length if the model's context allows "
-            "it, or shorten prompts and responses"
+            "it, or shorten the prompts and responses"
         )
         self._note("num_truncated", count, message)
 
     def _note(self, counter: str, count: int, message: str) -> None:
-        """Count what is not as it should be, and warn of the first time."""
+        """Count the problematic texts, and warn the first time."""
         before = getattr(self, counter)
         if count and not before:
-            message = f"Reward model {self.name!r} {message}. `{counter}` counts further ones."
+            message = f"Reward model {self.name!r} {message}. `{counter}` counts all such cases."
             warnings.warn(message, stacklevel=4)
         setattr(self, counter, before + count)
 
 
 @dataclass(eq=False, repr=False)
 class HubReward(Evaluator):
-    """A model of transformers from the Hub or a folder; see its subclasses.
+    """Base class of rewards with a transformers model from the Hub or a folder.
 
     Args:
         model: Name on the Hub, or folder with a model and its tokenizer.
-        batch_size: Most responses in one forward pass.
-        batch_tokens: Most tokens in one, padding included, so that long texts go in small batches.
-        max_length: Most tokens of a text; the model's input may allow fewer.
-        device: By default `"cuda"` where there is one, otherwise `"cpu"`.
-        dtype: By default float32 on a CPU and bfloat16 elsewhere.
-        name: What reports call it; by default the last part of the model's name or folder.
+        batch_size: Maximum number of responses per forward pass.
+        batch_tokens: Maximum number of tokens per forward pass, padding included.
+        max_length: Maximum number of tokens per text; the model's own limit can be lower.
+        device: By default `"cuda"` if available, otherwise `"cpu"`.
+        dtype: By default float32 on CPU, otherwise bfloat16.
+        name: Name in reports; by default the last part of the model's name or folder.
         revision: Branch, tag or commit on the Hub.
     """
 
@@ -96,24 +96,24 @@ class HubReward(Evaluator):
         self.name = self.name or Path(self.model).name
 
     def flops(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> FloatArray:
-        """Return float64[B], the floating-point operations of each response: `forward_flops`."""
+        """Return float64[B], the floating-point operations per response, see `forward_flops`."""
         if not responses:
             return np.zeros(0)
         lengths = [len(text.ids) for text in self._encode(prompts, responses)]
         return forward_flops(self._model().model, lengths)
 
     def flops_bound(self) -> float:
-        """The most that one response can take: a text that fills the model's input."""
+        """Return the upper bound for one response: the FLOPs of a text of maximum length."""
         loaded = self._model()
         return float(forward_flops(loaded.model, [loaded.max_length])[0])
 
     @abstractmethod
     def _encode(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Sequence[Any]:
-        """Each text, cut to the model's input, as an object with `ids` and `truncated`."""
+        """Return an object with `ids` (at most the model's limit) and `truncated` for each text."""
 
     @abstractmethod
     def _forward(self, texts: Sequence[Any]) -> Sequence[Any]:
-        """The output for each text, from one forward pass."""
+        """Return the output for each text, from one forward pass."""
 
     def _outputs(self, texts: Sequence[Any], rows: int) -> list[Any]:
         self._check_tokens(texts)
@@ -124,7 +124,7 @@ class HubReward(Evaluator):
         return [found[i] for i in range(len(texts))]
 
     def _check_tokens(self, texts: Sequence[Any]) -> None:
-        """Refuse tokens for which the model has no row among its embeddings."""
+        """Raise `RewardError` for tokens without an embedding."""
         loaded = self._model()
         rows = loaded.model.get_input_embeddings().num_embeddings
         unknown = next((token for text in texts for token in text.ids if token >= rows), None)
@@ -132,7 +132,7 @@ class HubReward(Evaluator):
             token = loaded.tokenizer.convert_ids_to_tokens(unknown)
             raise RewardError(
                 f"Reward model {self.name!r}: a text has the token {unknown} ({token!r}), but the "
-                f"model knows {rows}. Use its own tokenizer, or resize its embeddings."
+                f"model has {rows} embeddings. Use its own tokenizer, or resize the embeddings."
             )
 
     def _read(self, factory: str | Callable[..., Any], kind: str) -> tuple[Any, Any]:
@@ -154,8 +154,8 @@ class HubReward(Evaluator):
             reason = str(error).partition("\n")[0]
             raise RewardError(
                 f"Reward model {self.name!r}: expected the folder of a transformers {kind} model "
-                "with its tokenizer, or a name on the Hugging Face Hub that is reachable or "
-                f"already downloaded; got {source!r} ({type(error).__name__}: {reason}). Check the "
+                "with its tokenizer, or the name of a model that is on the Hugging Face Hub or "
+                f"already downloaded, got {source!r} ({type(error).__name__}: {reason}). Check the "
                 "spelling, the network and HF_HUB_OFFLINE."
             ) from error
         check_complete(model, tokenizer, report["missing_keys"], source, kind, self.name)
@@ -165,48 +165,48 @@ class HubReward(Evaluator):
 def check_complete(
     model: Any, tokenizer: Any, missing_keys: Iterable[str], source: str, kind: str, name: str
 ) -> None:
-    """Refuse what transformers makes up for missing files and weights."""
+    """Raise `RewardError` if tokenizer files or weights are missing."""
     vocab_size = model.config.get_text_config().vocab_size
-    # Where there are no files, it makes a tokenizer that knows special tokens alone.
+    # Without files, transformers creates a tokenizer that has only special tokens.
     if len(tokenizer) * 10 < vocab_size:
         raise RewardError(
-            f"Reward model {name!r}: expected {source!r} to hold a tokenizer for the model's "
-            f"{vocab_size} tokens, got one of {len(tokenizer)}. Save the tokenizer there too, with "
-            "`tokenizer.save_pretrained(folder)`."
+            f"Reward model {name!r}: expected {source!r} to contain a tokenizer for the model's "
+            f"{vocab_size} tokens, got one with {len(tokenizer)} tokens. Save the right tokenizer "
+            "in the same folder with `tokenizer.save_pretrained(folder)`."
         )
-    # Missing weights are filled with random numbers, which is only logged.
+    # transformers initialises missing weights randomly and only logs it.
     if missing_keys:
         raise RewardError(
             f"Reward model {name!r}: {source!r} has no trained weights for "
             f"{', '.join(sorted(missing_keys))}, so its scores would be random. Choose a trained "
-            f"{kind} model; its config names {model.config.architectures}."
+            f"{kind} model; the config of this one names {model.config.architectures}."
         )
 
 
 def input_limit(model: Any, tokenizer: Any, wanted: int) -> int:
-    """Most tokens of a text: `wanted`, or less where model or tokenizer take less."""
+    """Return the maximum length of a text: `wanted`, or less if model or tokenizer allow less."""
     import torch
 
     config = model.config.get_text_config()
     limits = [wanted, tokenizer.model_max_length, getattr(config, "max_position_embeddings", None)]
     for module_name, module in model.named_modules():
-        # RoBERTa counts positions from the padding token's id on, so some of them are not used.
+        # RoBERTa's positions start after the padding token's id, so the first are not used.
         if module_name.endswith("position_embeddings") and isinstance(module, torch.nn.Embedding):
             taken = 0 if module.padding_idx is None else module.padding_idx + 1
             limits.append(module.num_embeddings - taken)
-    # Some configs have -1 where they mean none.
+    # Some configs use -1 for "no limit".
     return min(limit for limit in limits if limit is not None and limit > 0)
 
 
 def class_index(config: Any, label: str | int | None) -> tuple[list[str], int | None]:
-    """The names of a classifier's classes, and the index of the one that `label` means."""
+    """Return the names of a classifier's classes, and the index of the class `label` (or None)."""
     labels = [config.id2label[i] for i in range(config.num_labels)]
     index = labels.index(label) if label in labels else label
     return labels, index if isinstance(index, int) and 0 <= index < len(labels) else None
 
 
 def batches(lengths: Sequence[int], rows: int, tokens: int) -> Iterator[list[int]]:
-    """Indices of texts of similar length, the shortest first."""
+    """Yield batches of indices of texts of similar length, the shortest first."""
     part: list[int] = []
     for i in sorted(range(len(lengths)), key=lengths.__getitem__):
         if part and (len(part) == rows or (len(part) + 1) * lengths[i] > tokens):
@@ -217,7 +217,7 @@ def batches(lengths: Sequence[int], rows: int, tokens: int) -> Iterator[list[int
 
 
 def padded(rows: Sequence[Sequence[int]], value: int, device: Any) -> tuple[Any, Any]:
-    """Rows of ids as one tensor, padded on the right, and its mask: both int64[B, T]."""
+    """Return ids padded on the right, and their attention mask, both int64[B, T]."""
     import torch
     from torch.nn.utils.rnn import pad_sequence
 
@@ -227,7 +227,7 @@ def padded(rows: Sequence[Sequence[int]], value: int, device: Any) -> tuple[Any,
 
 
 def forward_flops(model: Any, tokens: Sequence[int]) -> FloatArray:
-    """Operations of reading texts of `tokens` tokens, float64[B]; padding is not counted.
+    """Return float64[B], the FLOPs of a forward pass over texts of `tokens` tokens, unpadded.
 
     2 x parameters (without embedding tables) x tokens + 4 x layers x width x tokens^2.
     """
@@ -242,14 +242,14 @@ def forward_flops(model: Any, tokens: Sequence[int]) -> FloatArray:
 
 
 def chat_messages(prompt: Prompt, is_special: Callable[[str], bool]) -> list[dict[str, str]]:
-    """A prompt's messages for a chat template, without special tokens in them."""
+    """Return a prompt's messages for a chat template, with special tokens made plain text."""
     content = prompt.content
     messages = (Message("user", content),) if isinstance(content, str) else content
     return [{"role": m.role, "content": plain_text(m.content, is_special)} for m in messages]
 
 
 def language_model_of(source: LanguageModel | str | Path | None, name: str) -> LanguageModel:
-    """A language model: as it is, loaded by name or folder, or for None the embedded one."""
+    """Return a language model unchanged, load it by name or folder, or use the embedded one."""
     if source is None:
         from mbrl_text_env.language_models.registry import embedded
 
@@ -264,6 +264,6 @@ def language_model_of(source: LanguageModel | str | Path | None, name: str) -> L
     if not isinstance(source, LanguageModel):
         raise RewardError(
             f"Reward model {name!r}: expected a language model, its name on the Hugging Face Hub, "
-            f"its folder, or None for the embedded one; got {type(source).__name__}."
+            f"its folder, or None for the embedded one, got {type(source).__name__}."
         )
     return source

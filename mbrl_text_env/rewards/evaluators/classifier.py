@@ -1,4 +1,4 @@
-"""Any sequence-classification model of transformers as a reward model."""
+"""A reward from any sequence-classification model of transformers."""
 
 from __future__ import annotations
 
@@ -27,29 +27,29 @@ Output = Literal["logit", "sigmoid", "softmax"]
 @named("classifier", argument="NAME_OR_FOLDER", text_format="article")
 @dataclass(eq=False, repr=False)
 class ClassifierReward(HubReward):
-    """The score that a sequence-classification model gives to a prompt and its response.
+    """The score of a sequence-classification model for a prompt and its response.
 
-    A model with several classes needs `label`. Code that comes with a model is never run. In
-    float32 the batch changes a score by at most 1e-5. The first text that is cut gives a warning.
-    Special tokens written out in a text get a zero-width space: none can end its own message.
-    The article's reward is `text_format="article"` with `output="sigmoid"`.
+    A model with several classes needs `label`. Code in a model's repository is never run. In
+    float32, the batch changes a score by at most 1e-5. The first truncated text gives a warning.
+    Special tokens inside a text get a zero-width space, so a text cannot end its own message. The
+    article's reward is `text_format="article"` with `output="sigmoid"`.
 
     Source: Stiennon et al., "Learning to summarize from human feedback", NeurIPS 2020.
 
     Args (see `HubReward` for the others):
-        text_format: `"pair"`: prompt and response as the tokenizer's two segments, the longer cut
-            first, at the tokenizer's `truncation_side` (as a rule its end). `"chat"`: the
-            conversation in the tokenizer's chat template, cut at its start: heads of decoders read
-            the last token, so the end of the template and of the response has to stay.
-            `"article"`: one text, "User: {prompt}\\nAssistant: {response}", cut at the tokenizer's
-            `truncation_side` as the article's pipeline does.
+        text_format: `"pair"`: prompt and response as the tokenizer's two segments; the longer one
+            is cut first, at the tokenizer's `truncation_side` (usually the end). `"chat"`: the
+            conversation in the tokenizer's chat template, cut at the start, because the head of a
+            decoder reads the last token. `"article"`: one text,
+            "User: {prompt}\\nAssistant: {response}", cut at the tokenizer's `truncation_side`, as
+            the article's pipeline does.
         output: `"logit"`, `"sigmoid"` (of a single logit) or `"softmax"` (over several classes).
         label: Name or index of the class that is the reward; required with several classes.
 
     Raises:
-        RewardError: At first use: there is no such model, its classification head has no trained
-            weights, `output` or `label` does not fit it, or `"chat"` meets a tokenizer without a
-            chat template.
+        RewardError: At first use, if the model does not exist, its classification head has no
+            trained weights, `output` or `label` does not fit the model, or the tokenizer has no
+            chat template for `"chat"`.
 
     Example:
         >>> ClassifierReward("OpenAssistant/reward-model-deberta-v3-large-v2").name
@@ -94,7 +94,7 @@ class ClassifierReward(HubReward):
         if self.text_format == "chat" and tokenizer.chat_template is None:
             raise RewardError(
                 f"Reward model {self.name!r}: text_format='chat' needs a tokenizer with a chat "
-                f"template, and {str(self.model)!r} has none. Use text_format='pair' or 'article'."
+                f"template, but {str(self.model)!r} has none. Use text_format='pair' or 'article'."
             )
         return self._ready(model, tokenizer)
 
@@ -106,7 +106,7 @@ class ClassifierReward(HubReward):
             is_special=control_test(tokenizer),
             column=self._column(model.config),
             max_length=input_limit(model, tokenizer, self.max_length),
-            # Some configs have -1 where they mean none.
+            # Some configs use -1 for "none".
             pad_id=None if pad_id is None or pad_id < 0 else pad_id,
         )
 
@@ -122,8 +122,8 @@ class ClassifierReward(HubReward):
         if index is None and not (single and self.label is None):
             raise RewardError(
                 f"Reward model {self.name!r} has the classes {labels}: expected label= to be the "
-                f"name or the index of the one whose score is the reward, got {self.label!r}. Pass "
-                "label=, with output='softmax' or 'logit' if there are several."
+                f"name or index of the class that is the reward, got {self.label!r}. Pass "
+                "label=, with output='softmax' or 'logit' if there are several classes."
             )
         return index or 0
 
@@ -143,7 +143,7 @@ class ClassifierReward(HubReward):
         return encodings
 
     def _without_start(self, encoding: _Encoding, limit: int) -> _Encoding:
-        """The last `limit` tokens, the first of them the text's own first if that opens it."""
+        """Keep the last `limit` tokens, and the first token if it is a BOS or CLS token."""
         tokenizer = self._model().tokenizer
         opened = encoding.ids[0] in (tokenizer.bos_token_id, tokenizer.cls_token_id)
         kept = [0] * (opened and limit > 1)
@@ -160,7 +160,7 @@ class ClassifierReward(HubReward):
         batch = loaded.tokenizer(
             texts,
             answers if self.text_format == "pair" else None,
-            # A chat template writes them itself.
+            # A chat template adds them itself.
             add_special_tokens=self.text_format != "chat",
             verbose=False,
             **options,
@@ -169,7 +169,7 @@ class ClassifierReward(HubReward):
         return [_Encoding(*row) for row in zip(batch["input_ids"], type_ids, strict=True)]
 
     def _text(self, prompt: Prompt, response: str) -> str:
-        """The text of a response, or its first segment under `"pair"`."""
+        """Return the model's input text, or for `"pair"` its first segment."""
         loaded: LoadedClassifier = self._model()
         if self.text_format == "chat":
             messages = chat_messages(prompt, loaded.is_special)
@@ -181,7 +181,7 @@ class ClassifierReward(HubReward):
 
 @dataclass(frozen=True)
 class _Encoding:
-    """Token ids of one text, int[T], and its segment ids where the architecture has them."""
+    """Token ids of one text, int[T], and its segment ids if the architecture has them."""
 
     ids: list[int]
     type_ids: list[int] | None
@@ -190,7 +190,7 @@ class _Encoding:
 
 @dataclass(frozen=True)
 class LoadedClassifier:
-    """A model; `is_special` tells texts with special tokens, `column` is the reward's logit."""
+    """A model; `is_special` detects special tokens in a text, `column` is the reward's logit."""
 
     model: Any
     tokenizer: Any

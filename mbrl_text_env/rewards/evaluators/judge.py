@@ -1,4 +1,4 @@
-"""A language model as a reward: how probable a response is, and how probable a judge's verdicts."""
+"""Rewards from a language model: the log-probability of a response, and a judge's verdict."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ Rubric:
 Answer with one number from 1 to 5 and nothing else."""
 ANSWERS: Mapping[str, float] = MappingProxyType({str(value): float(value) for value in range(1, 6)})
 YES_NO: Mapping[str, float] = MappingProxyType({"Yes": 1.0, "No": 0.0})
-"""Answers for a template that asks a question; the score is P(Yes) / (P(Yes) + P(No))."""
+"""Answers for a template with a yes-no question; the score is P(Yes) / (P(Yes) + P(No))."""
 
 
 @dataclass(frozen=True)
 class _Loaded:
-    # The most tokens that are read, and those of a judge's answers.
+    # `limit` is the maximum number of input tokens; `answer_ids` are the judge's answers.
 
     language_model: LanguageModel
     limit: int
@@ -54,7 +54,7 @@ class _Loaded:
 
 @dataclass(frozen=True)
 class _Reading:
-    """What is asked about a response: how probable each text of `asked` is after `ids`, int[P]."""
+    """A query to the language model: the log-probability of each text in `asked` after `ids`."""
 
     ids: tuple[int, ...]
     asked: Sequence[tuple[int, ...]]
@@ -63,12 +63,12 @@ class _Reading:
 
 @dataclass(eq=False, repr=False)
 class _LanguageModelReward(Evaluator):
-    """A reward of log-probabilities: `_read` says what is asked about a response."""
+    """Base class of rewards from log-probabilities; `_read` makes the query for a response."""
 
     language_model: LanguageModel | str | Path | None = None
 
     def applies_to(self, prompt: Prompt) -> bool:
-        """Whether the model can read the prompt, with room for a response."""
+        """Return whether the prompt fits into the context, with room for a response."""
         try:
             self._room(prompt)
         except RewardError:
@@ -76,31 +76,31 @@ class _LanguageModelReward(Evaluator):
         return True
 
     def flops(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> FloatArray:
-        """Return float64[B], what the language model says that judging each response takes.
+        """Return float64[B], the language model's floating-point operations for each response.
 
-        An upper bound: beginnings of texts that it has cached are not computed again.
+        This is an upper bound, since cached prefixes are not computed again.
         """
         readings = [self._read(*row) for row in zip(prompts, responses, strict=True)]
         return np.array([self._usage(self._length(r)) for r in readings], dtype=np.float64)
 
     def flops_bound(self) -> float:
-        """The most that one response can take: a text as long as may be."""
+        """Return the upper bound for one response: a text of maximum length."""
         return self._usage(self._model().limit)
 
     def _usage(self, tokens: int) -> float:
         loaded: _Loaded = self._model()
-        # The last token of an answer is judged, but nothing is asked of what follows it.
+        # The last token of an answer is only predicted, never read by the model.
         new_tokens = [len(ids) - 1 for ids in loaded.answer_ids]
         return float(loaded.language_model.usage_bound(tokens, new_tokens).lm_flops)
 
     def _length(self, reading: _Reading) -> int:
-        """Tokens that are read before those of `answer_ids`."""
+        """Return the number of tokens read before those of `answer_ids`."""
         return len(reading.ids)
 
     def _asked(
         self, prompts: Sequence[Prompt], responses: Sequence[str], limit: int
     ) -> list[list[Sequence[float]]]:
-        """Log-probabilities of the tokens of each text that is asked about each response."""
+        """Return the token log-probabilities of each text in the query for each response."""
         readings = [self._read(*row) for row in zip(prompts, responses, strict=True)]
         self._note_truncated(sum(reading.truncated for reading in readings), limit)
         rows = zip(prompts, readings, strict=True)
@@ -114,34 +114,34 @@ class _LanguageModelReward(Evaluator):
 
     @abstractmethod
     def _read(self, prompt: Prompt, response: str) -> _Reading:
-        """What is asked about a response, which is cut to what there is room for."""
+        """Make the query for a response, truncated to the available room."""
 
     @abstractmethod
     def _room(self, prompt: Prompt) -> int:
-        """Tokens that are left for a response; a `RewardError` where the prompt cannot be read."""
+        """Return the tokens left for a response; raise `RewardError` if the prompt is too long."""
 
 
 @named("fluency")
 @dataclass(eq=False, repr=False)
 class FluencyReward(_LanguageModelReward):
-    """Mean log-probability (nats a token) of a response under a language model, at most 0.
+    """Mean log-probability (nats per token) of a response under a language model, at most 0.
 
-    The text is encoded anew, so its tokens may differ from the sampled ones; special tokens written
-    out in it are read as ordinary text. A response without tokens scores the log-probability that
-    the model ends right there; the end of other responses does not count. The first response that
-    is cut, to `max_length` or what the context has room for, gives a warning.
+    The text is encoded again, so its tokens can differ from the sampled ones. Special tokens inside
+    it are read as plain text. An empty response scores the log-probability that the model stops
+    immediately; the stop token of other responses does not count. The first response that is cut,
+    to `max_length` or the room in the context, gives a warning.
 
-    A text that repeats itself is probable: combine it with `RepetitionPenalty` or another reward.
+    Repetitive text is probable, so combine this with `RepetitionPenalty` or another reward.
 
     Args:
-        language_model: One with `logprobs` and `encode_text` (`TransformersLM`, `ServerLM`), its
-            name on the Hub or folder; None for the embedded SmolLM2.
-        max_length: Most tokens of a response that count.
-        name: What reports call it.
+        language_model: A model with `logprobs` and `encode_text` (`TransformersLM`, `ServerLM`),
+            its name on the Hub, or its folder; None for the embedded SmolLM2.
+        max_length: Maximum number of response tokens that count.
+        name: Name in reports.
 
     Raises:
-        RewardError: The language model cannot be loaded, has no stop tokens, or a prompt leaves no
-            room in its context.
+        RewardError: The language model cannot be loaded or has no stop tokens, or a prompt leaves
+            no room in its context.
 
     Example:
         >>> prompt = Prompt.from_text("Why is the sky blue?")
@@ -153,7 +153,7 @@ class FluencyReward(_LanguageModelReward):
     max_length: int = 2048
     name: str = "fluency"
 
-    cut = "response(s) to {} tokens or what the context has room for; the rest does not count"
+    cut = "response(s) to {} tokens or the room in the context, and the rest is ignored"
 
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> FloatArray:
         """Return float64[B], the mean log-probability (nats) of each response's tokens."""
@@ -167,7 +167,7 @@ class FluencyReward(_LanguageModelReward):
         prefix, loaded = self._prefix(prompt), self._model()
         ids = tuple(loaded.language_model.encode_text(response))
         kept = ids[: min(loaded.limit - len(prefix), self.max_length)]
-        # A response without tokens is judged by each of the tokens that could end it.
+        # An empty response is scored by all the tokens that could end it.
         stops = [(stop,) for stop in sorted(loaded.language_model.stop_token_ids)]
         return _Reading(prefix, [kept] if kept else stops, len(kept) < len(ids))
 
@@ -189,8 +189,8 @@ class FluencyReward(_LanguageModelReward):
         language_model = language_model_of(self.language_model, self.name)
         if not language_model.stop_token_ids:
             raise RewardError(
-                f"Reward model {self.name!r}: {language_model.name!r} has no stop tokens, by which "
-                "an empty response is judged. Pass a language model that has some."
+                f"Reward model {self.name!r}: {language_model.name!r} has no stop tokens, which "
+                "are needed to score empty responses. Pass a language model with stop tokens."
             )
         return _Loaded(language_model, language_model.context_length)
 
@@ -198,31 +198,31 @@ class FluencyReward(_LanguageModelReward):
 @named("judge")
 @dataclass(eq=False, repr=False)
 class JudgeReward(_LanguageModelReward):
-    """The verdict that a language model is expected to give on a response, by a rubric.
+    """The expected verdict of a language model on a response, given a rubric.
 
-    Nothing is sampled or parsed: the score is the mean of the answers' values, weighted by the
-    probabilities that each comes next after the template's question. Special tokens written out in
-    its texts are read as ordinary text; a response may still ask in plain words for a good mark.
-    There is a warning of the first response that is cut at its end, and of the first question whose
-    answers together are less probable than `least_mass` (template or judge do not suit).
+    Nothing is sampled or parsed. The score is the mean of the answers' values, weighted by the
+    probability of each answer after the template's question. Special tokens inside its texts are
+    read as plain text, but a response can still ask in words for a high score. Warnings: for the
+    first response that is cut at its end, and for the first question whose answers have a total
+    probability below `least_mass` (the template or the judge is unsuitable).
 
     Source: Liu et al., "G-Eval: NLG Evaluation using GPT-4 with Better Human Alignment", EMNLP
-    2023. Deviations: exact probabilities rather than frequencies of 20 samples, divided by their
-    sum over the answers; no chain of thought before the answer.
+    2023. Deviations: exact probabilities, normalised over the answers, instead of frequencies in 20
+    samples; no chain of thought before the answer.
 
     Args:
         language_model: See `FluencyReward`; the embedded SmolLM2 is too small to judge well.
-        rubric: What deserves which answer. A string under `"rubric"` in a prompt's metadata takes
-            its place for that prompt.
-        template: The question, with the field `{response}`, and `{rubric}` and `{prompt}`.
-        answers: The value of each answer, two or more; none may begin with the tokens of another.
-        chat: Whether the question is a user's message; otherwise text that the answer continues.
-        max_length: Most tokens of question and answer.
-        least_mass: Probability of all answers together below which a warning is given.
+        rubric: Describes which response deserves which answer. A string under `"rubric"` in a
+            prompt's metadata replaces it for that prompt.
+        template: The question, with the field `{response}`, and optionally `{rubric}`, `{prompt}`.
+        answers: Two or more answers and their values; none can start with the tokens of another.
+        chat: Whether the question is a user message; otherwise it is text to be continued.
+        max_length: Maximum number of tokens of question and answer.
+        least_mass: Total probability of the answers below which a warning is given.
 
     Raises:
-        RewardError: The language model cannot be loaded, the answers do not differ, or a prompt has
-            no text as its rubric or leaves no room for a response.
+        RewardError: The language model cannot be loaded, an answer starts with another one, or a
+            prompt leaves no room for a response or has a rubric that is not text.
 
     Example:
         >>> judge = JudgeReward(
@@ -243,14 +243,14 @@ class JudgeReward(_LanguageModelReward):
     name: str = "judge"
 
     num_unlikely = 0
-    """Responses so far whose answers were all unlikely."""
-    cut = "response(s) to fit into {} tokens with the template; the rest does not count"
+    """The number of responses so far whose answers were all unlikely."""
+    cut = "response(s) to fit into {} tokens with the template, and the rest is ignored"
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "answers": dict(self.answers)}
 
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> FloatArray:
-        """Return float64[B], from the least of the answers' values to the greatest."""
+        """Return float64[B], between the lowest and the highest of the answers' values."""
         if not responses:
             return np.zeros(0)
         found = self._asked(prompts, responses, self._model().limit)
@@ -260,14 +260,14 @@ class JudgeReward(_LanguageModelReward):
             if not value > -np.inf:
                 raise RewardError(
                     f"Reward model {self.name!r}, prompt {prompt.id!r}: expected the judge to give "
-                    f"one of {list(self.answers)} a probability above 0, got none. Change template "
-                    "or answers, so that they are what the judge would say."
+                    f"one of {list(self.answers)} a probability above 0, got 0 for all. Change the "
+                    "template or the answers to match what the judge says."
                 )
         unlikely = int(np.sum(np.exp(mass) < self.least_mass))
         message = (
-            f"gives, for {unlikely} response(s), all answers together a probability below "
-            f"{self.least_mass:g}: the judge would say something else. Say in the template what to "
-            "answer, or use another judge"
+            f"gives all answers together, for {unlikely} response(s), a probability below "
+            f"{self.least_mass:g}: the judge would say something else. State the possible answers "
+            "in the template, or use another judge"
         )
         self._note("num_unlikely", unlikely, message)
         shares = np.exp(logs - mass[:, None])
@@ -280,9 +280,9 @@ class JudgeReward(_LanguageModelReward):
             return _Reading(ids, loaded.answer_ids, truncated=False)
         kept, tokens = self._room(prompt), loaded.language_model.encode_text(response)
         while kept > 0 and ids is None:
-            # A character of several tokens may have been cut in two.
+            # A character of several tokens can be cut in the middle.
             ids = self._ids(prompt, loaded.language_model.decode(tokens[:kept]).rstrip("\ufffd"))
-            # Encoded again and among other text, the tokens may be a few more.
+            # Inside the template, the same text can take a few more tokens.
             kept -= 1 + kept // 64
         return _Reading(ids or self._ids(prompt, "") or (), loaded.answer_ids, truncated=True)
 
@@ -297,7 +297,7 @@ class JudgeReward(_LanguageModelReward):
         return limit - len(empty)
 
     def _ids(self, prompt: Prompt, response: str) -> tuple[int, ...] | None:
-        """Token ids of a question; None if there are too many."""
+        """Return the token ids of a question, or None if there are too many."""
         loaded: _Loaded = self._model()
         rubric = self._rubric(prompt)
         text = self.template.format(rubric=rubric, prompt=prompt.text, response=response)
@@ -316,7 +316,7 @@ class JudgeReward(_LanguageModelReward):
         if not isinstance(rubric, str) or not rubric.strip():
             raise RewardError(
                 f"Reward model {self.name!r}: expected text under 'rubric' in the metadata of "
-                f"prompt {prompt.id!r}, got {rubric!r}. Fix it, or leave it out for the reward's "
+                f"prompt {prompt.id!r}, got {rubric!r}. Fix it, or remove it to use the reward's "
                 "own rubric."
             )
         return rubric
@@ -334,12 +334,12 @@ class JudgeReward(_LanguageModelReward):
             fields = {field for _, field, _, _ in string.Formatter().parse(self.template)} - {None}
         except ValueError as error:
             raise ValueError(
-                f"template: {error}, in {self.template!r}. Write {{{{ for {{."
+                f"template: {error}, in {self.template!r}. Write {{{{ for a literal {{."
             ) from error
         if "response" not in fields or not fields <= {"rubric", "prompt", "response"}:
             raise ValueError(
-                f"template: expected the field {{response}}, and of others {{rubric}} and "
-                f"{{prompt}} alone, got {sorted(map(str, fields))}."
+                f"template: expected the field {{response}}, and optionally {{rubric}} and "
+                f"{{prompt}}, got {sorted(map(str, fields))}."
             )
         values = np.array(list(self.answers.values()), dtype=np.float64)
         if len(values) < 2 or not np.isfinite(values).all():
@@ -347,7 +347,7 @@ class JudgeReward(_LanguageModelReward):
             raise ValueError(f"answers: expected two or more, each with a finite value, got {got}.")
 
     def _check_answers(self, answer_ids: Sequence[tuple[int, ...]]) -> None:
-        """Refuse answers whose probabilities are not those of different events."""
+        """Raise `RewardError` unless the answers are disjoint events."""
         ids_of = dict(zip(self.answers, answer_ids, strict=True))
         for answer, ids in ids_of.items():
             if not ids:
@@ -357,7 +357,7 @@ class JudgeReward(_LanguageModelReward):
         for one, other in itertools.permutations(ids_of, 2):
             if ids_of[other][: len(ids_of[one])] == ids_of[one]:
                 raise RewardError(
-                    f"Reward model {self.name!r}: answer {other!r} begins with the tokens of "
-                    f"{one!r}, whose probability would count for both. Use answers that differ "
-                    "from their first token on, such as letters."
+                    f"Reward model {self.name!r}: answer {other!r} starts with the tokens of "
+                    f"{one!r}, whose probability would count for both. Use answers with different "
+                    "first tokens, such as letters."
                 )

@@ -1,4 +1,4 @@
-"""Process reward models of the Hugging Face Hub: one score a step of a response."""
+"""Process reward models from the Hugging Face Hub: one score per step of a response."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 StepOutput = Literal["class", "token"]
 _Parts: TypeAlias = tuple[list[int], list[list[int]]]
-# Stands for the assistant's message in a rendered chat template; a private character.
+# A private-use character that marks the assistant's message in a rendered chat template.
 _HERE = "\ue000"
 _AGGREGATIONS: dict[str, Any] = {
     "min": np.min, "product": np.prod, "last": lambda scores: scores[-1], "mean": np.mean,
@@ -37,24 +37,24 @@ _NUMBERED = re.compile(r"Step \d+:")
 
 @dataclass(frozen=True)
 class StepFormat:
-    """How a process reward model reads a prompt and steps, and which output is a step's score.
+    """The input format of a process reward model, and the output that is a step's score.
 
-    After each step comes `step_end`; the model's output at its last token is the step's score.
+    `step_end` follows each step. The score is computed from the model's output at its last token.
 
     Args:
         step_end: Text after each step.
         output: `"class"`: the probability of the class `label` of a token-classification head.
-            `"token"`: the probability that `good` comes next rather than `bad`.
+            `"token"`: the probability that the next token is `good` rather than `bad`.
         chat: Whether prompt and response are messages of the tokenizer's chat template.
-        before: Written before the first step, where it is no chat; `{prompt}` is the prompt.
-        step: A step; `{n}` is its number from 1, `{step}` its text without surrounding white space.
-            A step that begins with its number already ("Step 2:") is written as it is.
-        between: Written between `step_end` and the next step.
-        whole: Whether all is encoded as one text, in which `step_end` has to be a single token;
-            otherwise prompt, steps and `step_end` are encoded one by one, the opening token first.
-        label: Index or name of the class that is good.
-        good, bad: The tokens of the vocabulary that come after a good and a bad step.
-        system: System message of a chat that has none.
+        before: Text before the first step if `chat` is False; `{prompt}` is the prompt.
+        step: Format of a step; `{n}` is its number from 1, `{step}` its text, stripped. A step that
+            already starts with a number ("Step 2:") is not formatted.
+        between: Text between `step_end` and the next step.
+        whole: Whether to encode everything as one text, in which `step_end` must be a single token.
+            Otherwise the BOS token, prompt, steps and `step_end` are encoded separately.
+        label: Index or name of the good class.
+        good, bad: The tokens that follow a good and a bad step; each a single vocabulary token.
+        system: System message to add to chats without one.
     """
 
     step_end: str
@@ -77,7 +77,7 @@ class StepFormat:
             )
 
     def written(self, number: int, step: str) -> str:
-        """A step's text as the model reads it."""
+        """Return a step's text in the format of the model."""
         text = step.strip()
         # An empty step leaves no space before `step_end`.
         return text if _NUMBERED.match(text) else self.step.format(n=number, step=text).strip()
@@ -100,37 +100,37 @@ PROCESS_FORMATS: dict[str, StepFormat] = {
 @named("process", argument="NAME_OR_FOLDER")
 @dataclass(eq=False, repr=False)
 class ProcessReward(HubReward, ProcessRewardModel):
-    """The scores that a process reward model gives to the steps of a response, in [0, 1].
+    """The scores of a process reward model for the steps of a response, in [0, 1].
 
-    `score_steps` gives exactly one score a step, `score` aggregates the steps that `separator`
-    makes of a response. A response without text is scored as one empty step. Formats:
+    `score_steps` returns exactly one score per step. `score` splits a response into steps at
+    `separator` and aggregates their scores. An empty response counts as one empty step. Formats:
 
-    - `"qwen"`: Qwen2.5-Math-PRM-7B, -72B and Qwen2.5-Math-7B-PRM800K. `<extra_0>` after each step
-      in the assistant's message; the probability of class 1 there. The code that comes with the
-      models is not run.
-    - `"math-shepherd"`: peiyi9979/math-shepherd-mistral-7b-prm. "Step 1: ... ки" a line; the
-      probability of "+" against "-" at each "ки".
-    - `"trl"`: what TRL's PRMTrainer trains. A line break after each step; the probability of class
-      1 of `AutoModelForTokenClassification` there.
-    - Others: a `StepFormat`, but none with a turn of the chat for each step (RLHFlow's).
+    - `"qwen"`: Qwen2.5-Math-PRM-7B, -72B and Qwen2.5-Math-7B-PRM800K. `<extra_0>` follows each step
+      in the assistant's message; the score is the probability of class 1 there. The code in the
+      models' repositories is not run.
+    - `"math-shepherd"`: peiyi9979/math-shepherd-mistral-7b-prm. Each line is "Step 1: ... ки"; the
+      score is the probability of "+" rather than "-" at "ки".
+    - `"trl"`: models trained with TRL's PRMTrainer. A line break follows each step; the score is
+      the probability of class 1 of `AutoModelForTokenClassification` there.
+    - Others: a `StepFormat`. Formats with one chat turn per step (RLHFlow) are not supported.
 
-    Special tokens and `step_end` written out in a text get a zero-width space (line breaks stay, as
-    in training). A text that is too long is cut: first the prompt's start, to half of the limit,
-    then the ends of the longest steps, each of which keeps a score. The first cut gives a warning.
+    Special tokens and `step_end` inside a text get a zero-width space (line breaks stay, as in
+    training). A text that is too long is cut: first the prompt's start, to half of the limit, then
+    the ends of the longest steps. Every step keeps a score. The first cut gives a warning.
 
     Sources: Zhang et al., "The Lessons of Developing Process Reward Models in Mathematical
     Reasoning", 2025; Wang et al., "Math-Shepherd", ACL 2024; the models' cards; and
-    `PRMTrainer.tokenize_row` of TRL 0.16. Deviations: steps are stripped of surrounding white
-    space, and texts are cut as above (TRL cuts the last steps off).
+    `PRMTrainer.tokenize_row` of TRL 0.16. Deviations: surrounding white space of steps is stripped,
+    and texts are cut as above (TRL drops the last steps).
 
     Args (see `HubReward` for the others):
         step_format: A name of `PROCESS_FORMATS`, or a `StepFormat`.
-        separator: What stands between the steps of a response; blank steps are left out.
-        aggregation: How the steps make one score: `"min"`, `"product"`, `"last"` or `"mean"`.
+        separator: Text between the steps of a response; blank steps are removed.
+        aggregation: How to combine step scores: `"min"`, `"product"`, `"last"` or `"mean"`.
 
     Raises:
-        RewardError: At first use: there is no such model, it has no trained head of this kind, or
-            the format's tokens are not in its vocabulary. Later: a response has too many steps.
+        RewardError: At first use, if the model does not exist, has no trained head of this kind, or
+            lacks the format's tokens in its vocabulary. Later, if a response has too many steps.
 
     Example:
         >>> reward = ProcessReward("Qwen/Qwen2.5-Math-PRM-7B", "qwen")
@@ -145,7 +145,7 @@ class ProcessReward(HubReward, ProcessRewardModel):
     aggregation: str = "min"
     max_length: int = 4096
 
-    cut = "text(s) to {} tokens: the prompt's start or the longest steps' ends do not count"
+    cut = "text(s) to {} tokens: the start of the prompt or the ends of long steps are ignored"
 
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> FloatArray:
         """Return float64[B], the aggregated scores of each response's steps."""
@@ -153,7 +153,7 @@ class ProcessReward(HubReward, ProcessRewardModel):
         return np.array([_AGGREGATIONS[self.aggregation](row) for row in rows], dtype=np.float64)
 
     def score_steps(self, prompt: Prompt, steps: Sequence[str]) -> FloatArray:
-        """Return float64[len(steps)], the score of each step given those before it."""
+        """Return float64[len(steps)], the score of each step given the previous steps."""
         return self.score_steps_batch([prompt], [steps])[0]
 
     def score_steps_batch(
@@ -169,9 +169,9 @@ class ProcessReward(HubReward, ProcessRewardModel):
         return scores
 
     def steps(self, response: str) -> list[str]:
-        """The steps of a response; one empty step where it has none."""
+        """Split a response into steps; an empty response has one empty step."""
         if not self.separator:
-            raise ValueError("separator: expected text between steps, such as '\\n\\n'; got ''.")
+            raise ValueError("separator: expected text between steps, such as '\\n\\n', got ''.")
         found = [step for step in response.split(self.separator) if step.strip()]
         return found or [""]
 
@@ -187,13 +187,13 @@ class ProcessReward(HubReward, ProcessRewardModel):
         inputs: dict[str, torch.Tensor] = {"input_ids": ids, "attention_mask": mask}
         places = list(range(ids.shape[1]))
         if loaded.format.output == "token":
-            # The vocabulary is wide: logits are computed only where a step ends.
+            # The vocabulary is large, so compute logits only at the ends of steps.
             places = sorted({end for text in texts for end in text.ends})
             inputs["logits_to_keep"] = torch.tensor(places, device=ids.device)
         with torch.inference_mode():
             logits = loaded.model(**inputs).logits[:, :, loaded.columns].double().cpu()
         if logits.shape[1] != len(places):
-            # Some models compute all of them, whatever they are asked for.
+            # Some models ignore `logits_to_keep` and compute all logits.
             places = list(range(ids.shape[1]))
         row_of = {place: row for row, place in enumerate(places)}
         return [
@@ -217,7 +217,7 @@ class ProcessReward(HubReward, ProcessRewardModel):
 
 
 def _classifier(source: str, **options: Any) -> Any:
-    """A token-classification model; Qwen's own head is built here, without Qwen's code."""
+    """Load a token-classification model; Qwen's head is built here, without Qwen's code."""
     import transformers
     from torch import nn
 
@@ -227,7 +227,7 @@ def _classifier(source: str, **options: Any) -> Any:
         return transformers.AutoModelForTokenClassification.from_pretrained(source, **options)
 
     class Qwen2ForProcessRewardModel(transformers.Qwen2ForTokenClassification):
-        """Qwen2 with a head of two layers instead of one; the names are the checkpoint's."""
+        """Qwen2 with a two-layer head; the names match the checkpoint."""
 
         def __init__(self, config: transformers.Qwen2Config) -> None:
             super().__init__(config)
@@ -242,7 +242,7 @@ def _classifier(source: str, **options: Any) -> Any:
 
 @dataclass(frozen=True)
 class _StepText:
-    """Prompt and steps, int[T], and the places of the steps' ends, int[S]."""
+    """The token ids of prompt and steps, int[T], and the positions of the steps' ends, int[S]."""
 
     ids: list[int]
     ends: list[int]
@@ -250,9 +250,9 @@ class _StepText:
 
 
 class _Loaded:
-    """A model, with the encoding of prompts and steps for it.
+    """A model and the encoder of its inputs.
 
-    `columns` are the outputs whose softmax gives the score, the good one first.
+    The score is the softmax over the outputs `columns`, of which the first is the good one.
     """
 
     def __init__(
@@ -261,11 +261,11 @@ class _Loaded:
         self.model, self.tokenizer = model, tokenizer
         self.format, self.name, self.max_length = step_format, name, max_length
         tag = step_format.step_end.strip()
-        # White space is part of any text, and a single character cannot be broken.
+        # White space occurs in any text, and a single character cannot be split.
         self._is_special = control_test(tokenizer, *([tag] if len(tag) > 1 else []))
         if step_format.chat and tokenizer.chat_template is None:
             raise self.error("the tokenizer has no chat template. Use a format with chat=False")
-        # Without its spaces: tokenizers differ in where a space belongs.
+        # Strip spaces, because tokenizers attach them differently.
         self._end_ids = (
             [self.token(tag, "step_end")] if step_format.whole else self._ids(step_format.step_end)
         )
@@ -279,7 +279,7 @@ class _Loaded:
         labels, index = class_index(self.model.config, self.format.label)
         if len(labels) < 2 or index is None:
             raise self.error(
-                "expected two or more classes, and label to be the name or index of the good one; "
+                "expected two or more classes, and label to be the name or index of the good one, "
                 f"got the classes {labels} and label={self.format.label!r}. Pass another label="
             )
         return [index, *(i for i in range(len(labels)) if i != index)]
@@ -318,7 +318,7 @@ class _Loaded:
         return RewardError(f"Reward model {self.name!r}: {reason}.")
 
     def _chat(self, prompt: Prompt) -> str:
-        """The rendered chat up to the assistant's message."""
+        """Render the chat up to the assistant's message."""
         messages = chat_messages(prompt, self._is_special)
         if self.format.system is not None and messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": self.format.system})
@@ -326,18 +326,18 @@ class _Loaded:
         text = cast("str", self.tokenizer.apply_chat_template(messages, tokenize=False))
         head, found, _ = text.rpartition(_HERE)
         if not found:
-            raise self.error("the chat template leaves out the assistant's message. Use another")
+            raise self.error("the chat template omits the assistant's message. Use another")
         return head
 
     def _as_one(self, prompt: Prompt, before: str, steps: Sequence[str]) -> _Parts:
-        """Ids before the steps, and of each step, by their places in one encoded text."""
+        """Encode one text; return the ids before the steps, and the ids of each step."""
         text, ends = before, []
         for i, step in enumerate(steps):
             text += (self.format.between if i else "") + step + self.format.step_end
             ends.append(len(text))
         encoded = self.tokenizer(
             text,
-            # A chat template writes them itself.
+            # A chat template adds them itself.
             add_special_tokens=not self.format.chat,
             return_offsets_mapping=True,
             verbose=False,
@@ -349,13 +349,13 @@ class _Loaded:
         bounds = [first, *(i + 1 for i in found if i is not None and ids[i] == self._end_ids[0])]
         if len(bounds) != len(steps) + 1:
             raise self.error(
-                f"prompt {prompt.id!r}: step_end={self.format.step_end!r} is not a token of its "
-                "own after each step. Use another, or StepFormat(whole=False)"
+                f"prompt {prompt.id!r}: step_end={self.format.step_end!r} is not a separate token "
+                "after each step. Use another step_end, or StepFormat(whole=False)"
             )
         return ids[:first], [ids[a:b] for a, b in itertools.pairwise(bounds)]
 
     def _one_by_one(self, prompt: Prompt, before: str, steps: Sequence[str]) -> _Parts:
-        """The same, each encoded for itself."""
+        """Encode each part separately; return the same as `_as_one`."""
         opening = self.tokenizer.bos_token_id
         first = [] if self.format.chat or opening is None else [opening]
         between = self._ids(self.format.between)
@@ -365,13 +365,13 @@ class _Loaded:
         return first + self._ids(before), parts
 
     def _shortened(self, prompt: Prompt, parts: list[list[int]], room: int) -> list[list[int]]:
-        """Steps that have `room` tokens together; the longest lose the tokens before their ends."""
+        """Shorten the longest steps to `room` tokens in total, keeping their `step_end`."""
         end = len(self._end_ids)
         if len(parts) * end > room:
             raise self.error(
                 f"prompt {prompt.id!r}: a response of {len(parts)} steps does not fit into "
-                f"{self.max_length} tokens, not even the steps' ends. Raise max_length if the "
-                "model's input allows it, or divide the response into fewer steps"
+                f"{self.max_length} tokens, even if all steps are empty. Raise max_length if the "
+                "model's context allows it, or split the response into fewer steps"
             )
         most, left = room, room
         for i, length in enumerate(sorted(map(len, parts))):

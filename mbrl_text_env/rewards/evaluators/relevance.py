@@ -1,4 +1,4 @@
-"""How close a response is to its prompt in the space of a sentence encoder."""
+"""A reward for similarity of response and prompt, measured with a sentence encoder."""
 
 from __future__ import annotations
 
@@ -27,24 +27,24 @@ _PROMPTS_KEPT = 4096
 
 @named("relevance")
 class RelevanceReward(Evaluator):
-    """Cosine of the embeddings of prompt and response, in [-1, 1].
+    """Cosine similarity between the embeddings of prompt and response, in [-1, 1].
 
-    An empty response (nothing but white space) scores 0: it is about nothing. Texts beyond the
-    encoder's input (256 tokens for MiniLM) are cut by the encoder. Each distinct response is
-    embedded once a call; the embeddings of the latest prompts are kept.
+    An empty response (only white space) scores 0. The encoder truncates texts beyond its limit
+    (256 tokens for MiniLM). Each distinct response is embedded once per call. The embeddings of the
+    most recent prompts are cached.
 
     Source: Reimers and Gurevych, "Sentence-BERT: Sentence Embeddings using Siamese BERT-Networks",
     EMNLP 2019.
 
     Args:
-        encoder: None for the embedded all-MiniLM-L6-v2; a SentenceTransformer's name on the Hub or
-            folder; or an object with `encode(list[str]) -> float[B, d]`.
-        dtype: What a SentenceTransformer multiplies in: `"bfloat16"` or `"float16"`; None for its
-            own format. See `reduced`.
+        encoder: None for the embedded all-MiniLM-L6-v2; the name on the Hub or folder of a
+            SentenceTransformer; or an object with `encode(list[str]) -> float[B, d]`.
+        dtype: The dtype of a SentenceTransformer's matrix products, `"bfloat16"` or `"float16"`;
+            None for its own dtype. See `reduced`.
 
     Raises:
-        RewardError: At first use: the encoder cannot be loaded, or does not return one vector a
-            text. The score of a zero vector is refused by `score_responses`.
+        RewardError: At first use, if the encoder cannot be loaded or does not return one vector per
+            text. `score_responses` raises it for a zero vector, whose score is NaN.
 
     Example:
         >>> prompt = Prompt.from_text("Why is the sky blue?")
@@ -68,19 +68,19 @@ class RelevanceReward(Evaluator):
         return {**super().__getstate__(), "_questions": OrderedDict()}
 
     def reduced(self, dtype: str = "bfloat16") -> RelevanceReward:
-        """The same with the encoder's products in another format: bfloat16 is within 0.01.
+        """Return this reward with another dtype; scores in bfloat16 differ by at most 0.01.
 
-        It takes less than half the time on a CPU with AVX512-BF16, and longer on others.
+        bfloat16 takes less than half the time on a CPU with AVX512-BF16, and longer on other CPUs.
         """
         one_of("dtype", dtype, ReducedDtype)
-        # A copy leaves out what is kept of prompts, which depends on the format.
+        # A copy drops the cached prompt embeddings, which depend on the dtype.
         other = copy.copy(self)
         other.dtype = cast("ReducedDtype", dtype)
         other._loaded = self._loaded
         return other
 
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> FloatArray:
-        """Return float64[B], the cosine of each prompt and its response."""
+        """Return float64[B], the cosine similarity between each prompt and its response."""
         scores = np.zeros(len(responses))
         rows = [i for i, response in enumerate(responses) if response.strip()]
         if rows:
@@ -90,24 +90,24 @@ class RelevanceReward(Evaluator):
         return scores
 
     def flops(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> FloatArray:
-        """Return float64[B], the operations of embedding each prompt and response.
+        """Return float64[B], the floating-point operations of embedding each prompt and response.
 
-        An upper bound, since what is kept or occurs twice is not embedded again; 0 if the encoder
-        is not a SentenceTransformer.
+        This is an upper bound, since cached and repeated texts are not embedded again. It is 0 if
+        the encoder is not a SentenceTransformer.
         """
         encoder = self._model()
         texts = [prompt.text for prompt in prompts]
         return encoder_flops(encoder, texts) + encoder_flops(encoder, responses)
 
     def flops_bound(self) -> float:
-        """The most that one response can take: two texts that fill the encoder's input."""
+        """Return the upper bound for one response: two texts of the encoder's maximum length."""
         return 2.0 * encoder_flops_bound(self._model())
 
     def _cosines(self, questions: Sequence[str], answers: Sequence[str]) -> FloatArray:
-        # A search asks for the same prompts again and again.
+        # A search scores responses to the same prompts many times.
         known = {text: self._questions[text] for text in questions if text in self._questions}
         new = [text for text in dict.fromkeys(questions) if text not in known]
-        # Apart from the answers, which else round differently beside new prompts and known ones.
+        # Not in one batch with the responses: their rounding would depend on which prompts are new.
         found = self._directions(new) if new else {}
         known |= found
         self._questions.update(found)
@@ -122,7 +122,7 @@ class RelevanceReward(Evaluator):
         embeddings = encode_texts(self._model(), texts, self.dtype).astype(np.float64)
         if embeddings.ndim != 2 or len(embeddings) != len(texts):
             raise RewardError(
-                f"Reward model {self.name!r}: expected the encoder to return one vector a text, "
+                f"Reward model {self.name!r}: expected the encoder to return one vector per text, "
                 f"shape ({len(texts)}, d), got shape {embeddings.shape}. Change its `encode`."
             )
         with np.errstate(invalid="ignore"):
@@ -134,7 +134,7 @@ class RelevanceReward(Evaluator):
 
 
 def load_encoder(encoder: Encoder | str | Path | None, name: str) -> Encoder:
-    """The encoder that a reward was given, or the embedded one."""
+    """Return an encoder unchanged, load it by name or folder, or use the embedded one."""
     if encoder is None:
         from mbrl_text_env.language_models.registry import embedded_encoder
 
@@ -148,8 +148,8 @@ def load_encoder(encoder: Encoder | str | Path | None, name: str) -> Encoder:
     except Exception as error:
         reason = str(error).partition("\n")[0]
         raise RewardError(
-            f"Reward model {name!r}: expected the folder of a SentenceTransformer, or a name on "
-            "the Hugging Face Hub that is reachable or already downloaded; got "
+            f"Reward model {name!r}: expected the folder of a SentenceTransformer, or the name of "
+            "one that is on the Hugging Face Hub or already downloaded, got "
             f"{str(encoder)!r} ({type(error).__name__}: {reason}). Check the spelling, the network "
             "and HF_HUB_OFFLINE, or pass encoder=None for the embedded MiniLM."
         ) from error

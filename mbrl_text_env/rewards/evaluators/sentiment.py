@@ -1,4 +1,4 @@
-"""How positive a response is, by the lexicon of VADER."""
+"""A reward for positive sentiment, based on the VADER lexicon."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from mbrl_text_env.rewards.base import RewardModel
 from mbrl_text_env.rewards.names import named
 from mbrl_text_env.types import FloatArray, Prompt
 
-# The marks stay with their sentence: VADER reads "!" and "?" as emphasis.
+# Punctuation stays with its sentence, because VADER reads "!" and "?" as emphasis.
 _SENTENCE_BREAK = re.compile(r"(?<=[.!?])\s+|[\r\n]+")
-# "1." at the head of a list item, or an ellipsis on its own, would count as a neutral sentence.
+# Otherwise "1." before a list item, or an ellipsis, would count as a neutral sentence.
 _NO_SENTENCE = re.compile(r"[\d\s.!?]*")
 
 
@@ -22,9 +22,9 @@ _NO_SENTENCE = re.compile(r"[\d\s.!?]*")
 class SentimentReward(RewardModel):
     """Mean VADER compound score of a response's sentences, in [-1, 1].
 
-    A sentence ends at a run of `.`, `!` or `?` that white space follows, and at every line break.
-    Parts that are only digits, marks and white space are none. A response without a sentence scores
-    0. The prompt is not looked at. VADER's lexicon is English.
+    A sentence ends at `.`, `!` or `?` followed by white space, and at every line break. Parts with
+    only digits, these marks and white space are ignored. A response without a sentence scores 0.
+    The prompt is ignored. VADER's lexicon is English.
 
     Source: Hutto and Gilbert, "VADER: A Parsimonious Rule-based Model for Sentiment Analysis of
     Social Media Text", ICWSM 2014.
@@ -41,7 +41,7 @@ class SentimentReward(RewardModel):
         self._analyser: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
-        # The lexicon is read again where it is needed: it is larger than all else that is pickled.
+        # The lexicon is large, so a copy reads it again at first use.
         return {"_analyser": None}
 
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> FloatArray:
@@ -59,5 +59,5 @@ class SentimentReward(RewardModel):
 
 
 def split_sentences(text: str) -> list[str]:
-    """Sentences of a text, their marks included; see `SentimentReward` for what ends one."""
+    """Split a text into sentences, keeping the punctuation; see `SentimentReward`."""
     return [part for part in _SENTENCE_BREAK.split(text) if not _NO_SENTENCE.fullmatch(part)]

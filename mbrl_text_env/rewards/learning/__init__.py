@@ -1,4 +1,4 @@
-"""Reward models that are learned: preferences, features, fits, and the folder they are kept in."""
+"""Learned reward models: preferences, features, fits, and the folder format."""
 
 from typing import Any
 
@@ -7,8 +7,8 @@ from mbrl_text_env.rewards.names import named
 
 @named("learned", argument="FOLDER")
 def _learned(folder: str) -> Any:
-    """A reward model that `mbrl-text reward fit` wrote."""
-    # What is fitted needs scikit-learn, which takes seconds to import.
+    """A reward model saved by `mbrl-text reward fit`."""
+    # Imported here because scikit-learn takes seconds to import.
     from mbrl_text_env.rewards.learning.learned import LearnedReward
 
     return LearnedReward(folder)

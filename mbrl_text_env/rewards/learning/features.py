@@ -1,8 +1,8 @@
-"""What fitted heads see of a prompt and a response: frozen embeddings or hidden states, and counts.
+"""Features of prompts and responses for fitted heads: embeddings or hidden states, and statistics.
 
-Reading (the models' work) and standardising (fitted on training data) are apart, so that texts are
-read once however often a head is fitted. No count is a rule of its own: a fitted head decides what
-each is worth.
+Reading a text (running the model) and standardising features (fitted on training data) are separate
+steps, so that each text is read once even if several heads are fitted. The statistics are not
+rules; a fitted head learns the weight of each.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from mbrl_text_env.rewards.evaluators.relevance import load_encoder
 from mbrl_text_env.types import FloatArray, Prompt, TextState
 
 Raw = Mapping[str, FloatArray]
-"""float64[B, d] by name: what was read of B prompts and responses."""
+"""The raw features of B prompts and responses, float64[B, d] by name."""
 
 EMBEDDED = "embedded"
-"""How a saved head names the models that come with the package."""
+"""The name, in a saved head, of the models that come with the package."""
 
-# Columns of a block that weigh together as much as one column alone. A penalty on the weights would
-# otherwise favour whatever has the most columns, and embeddings drown the few counts.
+# A block with more columns than this is scaled down to the weight of this many columns. Otherwise a
+# penalty on the weights would favour blocks with many columns, and embeddings over statistics.
 _FULL_WEIGHT = 32
-# Directions in which prompts differ most; each is multiplied with every count.
+# Number of principal components of the prompts; each is multiplied with every statistic.
 _PROMPT_DIRECTIONS = 16
 _TINY = 1e-9
 
-# Bounded repetitions only: responses may be long and strange, and every one of them is searched.
+# Use only bounded repetitions, because responses can be long and unusual.
 _WORD = re.compile(r"\w+(?:['\u2019-]\w+){0,8}")
 _SENTENCE_END = re.compile(
     r"(?<![.!?\u2026])[.!?\u2026]+(?=[\s\"')\]\u201d\u2019]|$)|[\u3002\uff01\uff1f]"
@@ -51,7 +51,7 @@ _PARAGRAPH = re.compile(r"\n[ \t]*\n")
 _QUOTED = re.compile(r"[\"\u201c]([^\"\u201c\u201d\n]{1,200})[\"\u201d]")
 _NUMBER_WORDS = "zero one two three four five six seven eight nine ten eleven twelve"
 _NUMBERS = {name: number for number, name in enumerate(_NUMBER_WORDS.split())}
-# Before a phrase, what says that it is not wanted; and how many characters before.
+# Words before an unwanted phrase, and the number of characters searched for them.
 _NEGATION = re.compile(
     r"\b(?:no|not|never|without|avoid\w*|omit\w*|exclud\w*|neither|nor|leave out|skip|forbidden)\b"
     r"|n['\u2019]t\b"
@@ -137,14 +137,14 @@ STATISTICS: tuple[str, ...] = (*_OF_RESPONSE, *_BESIDE_PROMPT)
 
 
 def text_statistics(prompts: Sequence[Prompt], responses: Sequence[str]) -> FloatArray:
-    """Numbers about each response: float64[B, len(STATISTICS)], all finite.
+    """Return statistics of each response, float64[B, len(STATISTICS)], all finite.
 
-    Counts are logarithms of 1 + count; shares and tests are between 0 and 1. Beside the prompt they
-    are the share of its words that the response has; the share of its phrases in quotation marks,
-    those up to 60 characters after a word such as "without" or "never" apart, as unwanted; and how
-    far counts of the response are from the largest number that the prompt names: the logarithm of
-    their ratio, without its sign (`off`) and where it is positive (`above`), 0 without a number.
-    White space around the response does not count.
+    Counts are log(1 + count); fractions and tests are between 0 and 1. Three kinds of statistics
+    compare the response with the prompt: the fraction of the prompt's words that occur; the
+    fraction of its quoted phrases that occur (phrases up to 60 characters after a word such as
+    "without" or "never" count separately, as unwanted); and the log ratio between counts and the
+    largest number in the prompt, as an absolute value (`off`) and if positive (`above`), or 0
+    without a number. White space around the response is ignored.
     """
     rows = []
     for prompt, response in zip(prompts, responses, strict=True):
@@ -175,7 +175,7 @@ def _beside(prompt: str, response: str) -> list[float]:
 
 
 class _Asked(NamedTuple):
-    """What a prompt names: longer words, phrases in quotation marks, and its largest number."""
+    """The longer words, the quoted phrases and the largest number in a prompt."""
 
     words: frozenset[str]
     wanted: tuple[str, ...]
@@ -187,7 +187,7 @@ class _Asked(NamedTuple):
 def _asked(prompt: str) -> _Asked:
     text = prompt.casefold()
     words = _WORD.findall(text)
-    # As keys, in order: wanted phrases, and unwanted ones.
+    # Keys of dicts, to keep the order: wanted phrases, and unwanted ones.
     phrases: tuple[dict[str, None], dict[str, None]] = {}, {}
     for match in _QUOTED.finditer(text):
         if phrase := match[1].strip():
@@ -213,18 +213,18 @@ def _paragraphs(text: str) -> int:
 
 
 class Features(ABC):
-    """Standardised features of prompts and responses.
+    """Base class of standardised features of prompts and responses.
 
-    Each column is centred and divided by its standard deviation over the data of `fit`, and each
-    block of more than 32 columns weighs as much as 32. Where prompts are embedded and counts are
-    on, there is a block of products: each count times the prompt's place on each of the 16 main
-    directions of the prompts (principal components, on one common scale), so that a linear head can
-    learn what is good for which kind of prompt.
+    Each column is centred and divided by its standard deviation over the data of `fit`. A block of
+    more than 32 columns is scaled to the weight of 32 columns. If prompts are embedded and
+    statistics are used, there is also a block of products: each statistic times the prompt's
+    coordinate on each of the prompts' first 16 principal components (all on one scale). A linear
+    head can then learn a different weight of a statistic for each kind of prompt.
 
     Attributes:
-        kind: How folders name the class.
-        argument: Name of the argument that is the model which reads.
-        use_statistics: Whether the counts of `text_statistics` are among the features.
+        kind: Name of the class in saved folders.
+        argument: Name of the argument that holds the model.
+        use_statistics: Whether to include the statistics of `text_statistics`.
     """
 
     kind: ClassVar[str]
@@ -240,18 +240,18 @@ class Features(ABC):
 
     @property
     def given(self) -> Any:
-        """The model that reads, as it was passed: None, a name, a folder or an object."""
+        """The model as it was passed: None, a name, a folder or an object."""
         return getattr(self, self.argument)
 
     @property
     def source(self) -> str:
-        """Name or folder of the model that reads; the class of an object without a name."""
+        """The name or folder of the model, or the class of an object without a name."""
         if isinstance(given := self.given, str | Path | None):
             return EMBEDDED if given is None else str(given)
         return str(getattr(given, "name", type(given).__name__))
 
     def read(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Raw:
-        """Run the model: what is read of each prompt and response. Distinct texts are read once."""
+        """Return the raw features of prompts and responses; the model reads distinct texts once."""
         raw = self._read(prompts, responses)
         if self.use_statistics:
             raw["statistics"] = text_statistics(prompts, responses)
@@ -259,22 +259,22 @@ class Features(ABC):
 
     @abstractmethod
     def _read(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> dict[str, FloatArray]:
-        """What the model says, float64[B, d] by name."""
+        """Return the model's outputs, float64[B, d] by name."""
 
     def applies_to(self, prompt: Prompt) -> bool:
-        """Whether the prompt can be read."""
+        """Return whether the model can read the prompt."""
         return True
 
     @abstractmethod
     def flops(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> FloatArray:
-        """float64[B]: floating-point operations of reading each prompt and response."""
+        """Return float64[B], the floating-point operations of reading each prompt and response."""
 
     @abstractmethod
     def flops_bound(self) -> float:
-        """The most that one response takes."""
+        """Return the upper bound for one response."""
 
     def _blocks(self, raw: Raw) -> dict[str, FloatArray]:
-        """Columns to standardise, by block: float64[B, d] each."""
+        """Return the columns to standardise, float64[B, d] for each block."""
         return {name: raw[name] for name in self._names()}
 
     def _names(self) -> tuple[str, ...]:
@@ -282,14 +282,14 @@ class Features(ABC):
 
     @property
     def size(self) -> int:
-        """D, the columns of `transform`, once fitted."""
+        """The number of columns D of `transform`, once fitted."""
         blocks = sum(scaler.n_features_in_ for scaler in self.scalers_.values())
         if self.directions_ is None:
             return blocks
         return blocks + len(self.directions_.components_) * len(STATISTICS)
 
     def fit(self, raw: Raw) -> Features:
-        """Take means and scales from B rows of training data."""
+        """Fit means and scales on B rows of training data."""
         self.scalers_ = {n: StandardScaler().fit(v) for n, v in self._blocks(raw).items()}
         self.directions_ = None
         distinct = np.unique(raw.get("prompt", np.empty((0, 0))), axis=0)
@@ -298,22 +298,22 @@ class Features(ABC):
             self.directions_ = PCA(count, svd_solver="full").fit(distinct)
             spread = float(self.directions_.transform(distinct).std())
             scaled = self.directions_.components_ / max(spread, _TINY)
-            # In the layout that files have: another one sums up in another order.
+            # Use the memory layout of saved files, because the layout changes the rounding of sums.
             self.directions_.components_ = np.ascontiguousarray(scaled)
         return self
 
     def transform(self, raw: Raw) -> FloatArray:
-        """Return float64[B, D]; a model that gives vectors of another length is an error."""
+        """Return float64[B, D]; raise `RewardError` if the model's vectors have another length."""
         columns = []
         for name, values in self._blocks(raw).items():
             scaler = self.scalers_[name]
             if values.shape[1] != scaler.n_features_in_:
                 raise RewardError(
-                    f"Expected {self.source!r} to give what the head was fitted on, "
+                    f"Expected {self.source!r} to return the features that the head was fitted on, "
                     f"{scaler.n_features_in_} numbers for {name!r}, got {values.shape[1]}. Pass "
-                    "the encoder or language model of the fit, or fit anew."
+                    "the encoder or language model of the fit, or fit again."
                 )
-            # A constant column stays at 0, whatever it is elsewhere: nothing was learned of it.
+            # A column that was constant in the fit is always 0: nothing was learned about it.
             varies = scaler.var_ > _TINY**2
             columns.append(scaler.transform(values) * varies * _weight(values.shape[1]))
         if self.directions_ is not None:
@@ -323,7 +323,7 @@ class Features(ABC):
         return np.concatenate(columns, axis=1)
 
     def numbers(self) -> Arrays:
-        """What was fitted, as arrays by name."""
+        """Return the fitted parameters as arrays by name."""
         arrays: Arrays = {}
         for name, scaler in self.scalers_.items():
             arrays |= numbers_of(scaler, f"features.{name}")
@@ -332,7 +332,7 @@ class Features(ABC):
         return arrays
 
     def restore(self, arrays: Arrays) -> Features:
-        """Take what was fitted from `numbers`."""
+        """Restore the fitted parameters from `numbers`."""
         names = {name: f"features.{name}" for name in self._names()}
         self.scalers_ = {n: with_numbers(StandardScaler(), arrays, at) for n, at in names.items()}
         has_prompts, at = "features.directions.0.mean_" in arrays, "features.directions"
@@ -342,17 +342,17 @@ class Features(ABC):
 
 @dataclass(eq=False, repr=False)
 class EmbeddingFeatures(Features):
-    """Of a sentence encoder's vectors p of the prompt and r of the response: r, p * r, |p - r| and
-    the cosine; and counts.
+    """Features of a sentence encoder's vectors p (prompt) and r (response), and statistics.
 
+    The features are r, p * r, |p - r| and the cosine. The encoder is loaded at first use.
     Source of the combination: Reimers and Gurevych, "Sentence-BERT", EMNLP 2019, table 6 (u, v,
-    |u - v|, u * v). Deviations: the prompt's own vector, which is the same for both responses of a
-    pair, is left out; the cosine is a column of its own.
+    |u - v|, u * v). Deviations: the prompt's vector, which is the same for both responses of a
+    pair, is omitted; the cosine is an additional column.
 
     Args:
-        encoder: None for the embedded all-MiniLM-L6-v2; a SentenceTransformer's name on the Hub or
-            folder; or an object with `encode(list[str]) -> float[B, d]`. Loaded at first use.
-        use_statistics: Whether counts are features too.
+        encoder: None for the embedded all-MiniLM-L6-v2; the name on the Hub or folder of a
+            SentenceTransformer; or an object with `encode(list[str]) -> float[B, d]`.
+        use_statistics: Whether to include the statistics of `text_statistics`.
 
     Example:
         >>> raw = EmbeddingFeatures().read([Prompt.from_text("Hi")], ["Hello"])  # doctest: +SKIP
@@ -372,7 +372,7 @@ class EmbeddingFeatures(Features):
         vectors = encode_texts(self._encoder(), list(place)).astype(np.float64)
         if vectors.ndim != 2 or len(vectors) != len(place) or not np.isfinite(vectors).all():
             raise RewardError(
-                f"Expected the encoder {self.source!r} to return one finite vector a text, shape "
+                f"Expected the encoder {self.source!r} to return one finite vector per text, shape "
                 f"({len(place)}, d), got shape {vectors.shape} with "
                 f"{int((~np.isfinite(vectors)).sum())} numbers that are not finite. Change its "
                 "`encode`."
@@ -381,13 +381,13 @@ class EmbeddingFeatures(Features):
         return {"prompt": found[: len(prompts)], "response": found[len(prompts) :]}
 
     def flops(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> FloatArray:
-        """float64[B]: of embedding prompt and response; see `encoder_flops`."""
+        """Return float64[B], the FLOPs of embedding prompt and response, see `encoder_flops`."""
         encoder = self._encoder()
         texts = [prompt.text for prompt in prompts]
         return encoder_flops(encoder, texts) + encoder_flops(encoder, responses)
 
     def flops_bound(self) -> float:
-        """Two texts that fill the encoder's input."""
+        """Return the FLOPs of two texts of the encoder's maximum length."""
         return 2.0 * encoder_flops_bound(self._encoder())
 
     def _blocks(self, raw: Raw) -> dict[str, FloatArray]:
@@ -409,15 +409,15 @@ class EmbeddingFeatures(Features):
 
 @dataclass(eq=False, repr=False)
 class HiddenFeatures(Features):
-    """A language model's last hidden state after prompt and response; and counts.
+    """A language model's last hidden state after prompt and response, and statistics.
 
-    Reward models see text, so the response is encoded anew. What does not fit into the context is
-    cut at the response's end. Special tokens written out in a response are read as ordinary text.
+    Reward models see text, so the response is encoded again. A response that does not fit into the
+    context is cut at its end. Special tokens inside a response are read as plain text.
 
     Args:
-        language_model: One with `features`; a name on the Hub or folder; None for the embedded
-            SmolLM2. Loaded at first use.
-        use_statistics: Whether counts are features too.
+        language_model: A model with `features`, its name on the Hub, or its folder; None for the
+            embedded SmolLM2. Loaded at first use.
+        use_statistics: Whether to include the statistics of `text_statistics`.
     """
 
     kind = "hidden"
@@ -427,7 +427,7 @@ class HiddenFeatures(Features):
     use_statistics: bool = True
 
     def applies_to(self, prompt: Prompt) -> bool:
-        """Whether the prompt fits into the context; a chat needs a chat template."""
+        """Return whether the prompt fits into the context; a chat also needs a chat template."""
         try:
             self._states([prompt], [""])
         except RewardError:
@@ -438,20 +438,20 @@ class HiddenFeatures(Features):
         model: Any = self._model()
         states = self._states(prompts, responses)
         distinct = list(dict.fromkeys(states))
-        # One by one: in a batch the last digits depend on the padding.
+        # One by one, because padding in a batch changes the last digits.
         rows = [model.features([state])[0] for state in distinct]
         found = np.asarray(rows, dtype=np.float64).reshape(len(distinct), -1)
         place = {state: i for i, state in enumerate(distinct)}
         return {"hidden": found[[place[state] for state in states]]}
 
     def flops(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> FloatArray:
-        """float64[B], what the language model says that reading takes."""
+        """Return float64[B], the language model's floating-point operations."""
         bound, states = self._model().usage_bound, self._states(prompts, responses)
         lengths = [len(state.prompt_ids) + len(state.response_ids) for state in states]
         return np.array([bound(length, []).lm_flops for length in lengths], dtype=np.float64)
 
     def flops_bound(self) -> float:
-        """A prompt and a response that fill the context."""
+        """Return the FLOPs of a prompt and a response that fill the context."""
         model = self._model()
         return float(model.usage_bound(model.context_length, []).lm_flops)
 
@@ -473,7 +473,7 @@ class HiddenFeatures(Features):
             if not hasattr(model, "features"):
                 raise RewardError(
                     f"Expected a language model with `features`, got {model.name!r} "
-                    f"({type(model).__name__}). Use one that runs here, such as `TransformersLM`."
+                    f"({type(model).__name__}). Use a local model, such as `TransformersLM`."
                 )
             self._loaded = model
         return cast("LanguageModel", self._loaded)
@@ -481,10 +481,10 @@ class HiddenFeatures(Features):
 
 @dataclass(eq=False, repr=False)
 class TokenFeatures(HiddenFeatures):
-    """The mean of the response's token embeddings, which are looked up; and counts.
+    """The mean of the response's token embeddings, and statistics; no model is run.
 
-    No model is run. Source: Joulin et al., "Bag of Tricks for Efficient Text Classification", 2017.
-    Deviation: the embeddings are the language model's input embeddings, and stay as they are.
+    Source: Joulin et al., "Bag of Tricks for Efficient Text Classification", 2017. Deviation: the
+    embeddings are the language model's input embeddings, and are not trained.
     """
 
     kind = "tokens"
@@ -499,16 +499,16 @@ class TokenFeatures(HiddenFeatures):
         return {"tokens": found}
 
     def flops(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> FloatArray:
-        """float64[B]: none, but for sums that are not worth counting."""
+        """Return float64[B] of zeros; the sums are negligible."""
         return np.zeros(len(responses))
 
     def flops_bound(self) -> float:
-        """None."""
+        """Return 0."""
         return 0.0
 
 
 def token_table(language_model: Any, error: type[Exception]) -> Any:
-    """The input embeddings of a language model, float[vocab_size, d]; an `error` where it has none.
+    """Return a language model's input embeddings, float[vocab_size, d]; raise `error` if none.
 
     Example:
         >>> token_table(embedded(), ValueError).shape  # doctest: +SKIP
@@ -517,8 +517,8 @@ def token_table(language_model: Any, error: type[Exception]) -> Any:
     model: Any = getattr(language_model, "model", None)
     if not hasattr(model, "get_input_embeddings"):
         raise error(
-            "Expected a language model whose token embeddings can be read, such as TransformersLM, "
-            f"got {type(language_model).__name__}. Use what embeds texts, such as MiniLM."
+            "Expected a language model with readable token embeddings, such as TransformersLM, "
+            f"got {type(language_model).__name__}. Or use a text encoder, such as MiniLM."
         )
     return model.get_input_embeddings().weight.detach()
 

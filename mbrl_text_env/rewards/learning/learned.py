@@ -1,4 +1,4 @@
-"""Reward models that are fitted on preferences or scores, and the folder that they are kept in."""
+"""Reward models fitted on preferences or scores, and their folder format."""
 
 from __future__ import annotations
 
@@ -54,23 +54,23 @@ Objective = Literal["bradley-terry", "regression"]
 Rows = npt.NDArray[np.bool_]
 
 _FOLDS = 4
-# Strengths of the penalty that cross-validation chooses from.
+# The penalties that cross-validation compares.
 _INVERSE_PENALTIES = tuple(10.0**power for power in range(-5, 2))
 _PENALTIES = tuple(10.0**power for power in range(-2, 6))
 
 
 @dataclass(frozen=True)
 class RewardFitReport:
-    """A fit: what it was made from, and its figures on prompts that were left out.
+    """A report of a fit: its training data, and its metrics on held-out prompts.
 
     Args:
         objective: `"bradley-terry"` or `"regression"`.
-        model: What was fitted, such as `"linear on embedding"`.
-        data: What the preferences or scores come from.
-        num_fitted, num_fitted_prompts: Pairs or records that it was fitted on, and their prompts.
-        fitted_accuracy: Pair accuracy on these; far above the held-out one it is overfitting.
-        held_out: The figures on the prompts that were left out.
-        chosen: What was chosen by cross-validation, and other settings of the fit.
+        model: The fitted model, such as `"linear on embedding"`.
+        data: The source of the preferences or scores.
+        num_fitted, num_fitted_prompts: Numbers of training pairs or records, and of their prompts.
+        fitted_accuracy: Pair accuracy on these; overfitting if far above the held-out accuracy.
+        held_out: The metrics on the held-out prompts.
+        chosen: The hyperparameters chosen by cross-validation, and other settings of the fit.
     """
 
     objective: str
@@ -85,10 +85,10 @@ class RewardFitReport:
 
 
 class RewardData(NamedTuple):
-    """N scored records, one row each; or N pairs, chosen responses before the rejected ones.
+    """N scored records, one row each; or N pairs, first all chosen, then all rejected responses.
 
-    Of each record or pair there is the prompt's text (`groups`), and int64[N] or int64[N, 2]
-    characters (`lengths`); of records the scores, float64[N].
+    `groups` has the prompt's text of each record or pair, `lengths` the numbers of characters,
+    int64[N] or int64[N, 2], and `scores` the scores of records, float64[N].
     """
 
     prompts: list[Prompt]
@@ -99,7 +99,7 @@ class RewardData(NamedTuple):
 
     @classmethod
     def of_pairs(cls, pairs: Sequence[PreferencePair]) -> RewardData:
-        """2 N rows of N pairs."""
+        """Make 2 N rows from N pairs."""
         prompts = [pair.prompt for pair in pairs]
         responses = [*(pair.chosen for pair in pairs), *(pair.rejected for pair in pairs)]
         lengths = np.array([[len(pair.chosen), len(pair.rejected)] for pair in pairs])
@@ -107,7 +107,7 @@ class RewardData(NamedTuple):
 
     @classmethod
     def of_records(cls, records: Sequence[Record]) -> RewardData:
-        """N rows."""
+        """Make N rows from N records."""
         from mbrl_text_env.records import scores_of
 
         responses = [record.response for record in records]
@@ -120,7 +120,7 @@ class RewardData(NamedTuple):
         )
 
     def report(self, told: FloatArray, test: Rows, **facts: Any) -> RewardFitReport:
-        """What `told`, the scores of all rows, are worth; `test` says which were held out."""
+        """Report on `told`, the predicted scores of all rows; `test` marks the held-out rows."""
         return RewardFitReport(
             num_fitted=int((~test).sum()),
             num_fitted_prompts=len(set(compress(self.groups, ~test))),
@@ -139,7 +139,7 @@ class RewardData(NamedTuple):
 
 @dataclass(frozen=True)
 class Fitted:
-    """A linear head, scikit-learn's `Ridge`, on features of a frozen model; both are fitted."""
+    """A fitted linear head, scikit-learn's `Ridge`, and the fitted features of a frozen model."""
 
     name: str
     features: Features
@@ -149,26 +149,26 @@ class Fitted:
 
 @dataclass(eq=False, repr=False)
 class LearnedReward(RewardModel):
-    """A fitted reward: a linear head on features of a frozen model.
+    """A learned reward: a linear head on features of a frozen model.
 
-    `fit_reward` makes one; this class reads it from its folder, which holds JSON and safetensors:
-    nothing in it is executed. The scale of scores is the fit's: of a Bradley-Terry fit, differences
-    are log-odds of being preferred, and the mean over the responses that it was fitted on is 0; of
-    a regression, the gold reward's own. Models are read at first use.
+    `fit_reward` creates one; this class loads it from a folder of JSON and safetensors files, which
+    cannot execute code. The scale of the scores depends on the fit. After a Bradley-Terry fit,
+    differences of scores are log-odds of being preferred, and the mean over the training responses
+    is 0. After a regression, the scale is that of the gold reward. Models are loaded at first use.
 
     Args:
-        folder: As written by `save` or `mbrl-text reward fit`; None for a reward that was just
-            fitted and is not saved.
-        encoder: Needed if the fit used an encoder that has no name, or to take another copy of it.
+        folder: A folder written by `save` or `mbrl-text reward fit`; None for a reward that was
+            just fitted and is not saved.
+        encoder: The encoder of the fit; required if it has no name. It can also be another copy.
         language_model: The same for hidden states.
-        fitted: What a fit gave, instead of a folder; `fit_reward` passes it.
+        fitted: The result of a fit, instead of a folder; passed by `fit_reward`.
 
     Attributes:
         report_: `RewardFitReport` of the fit.
 
     Raises:
-        RewardError: The folder is damaged or of another format, or an encoder or language model is
-            needed. At first use: the encoder or model cannot be loaded, or does not fit.
+        RewardError: The folder is damaged or of another format, or requires an encoder or language
+            model. At first use, if the encoder or model cannot be loaded or does not match the fit.
 
     Example:
         >>> reward = LearnedReward("my-reward")  # doctest: +SKIP
@@ -192,7 +192,7 @@ class LearnedReward(RewardModel):
         self._features, self._head = self.fitted.features, self.fitted.head
 
     def applies_to(self, prompt: Prompt) -> bool:
-        """Whether the prompt can be read: one that fills a language model's context cannot."""
+        """Return whether the prompt leaves room for a response in a language model's context."""
         return self._features.applies_to(prompt)
 
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> FloatArray:
@@ -203,17 +203,17 @@ class LearnedReward(RewardModel):
         return np.asarray(self._head.predict(inputs))
 
     def flops(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> FloatArray:
-        """float64[B]: what reading takes, and two operations for each weight of the head."""
+        """Return float64[B], the FLOPs of the features, plus two for each weight of the head."""
         if not responses:
             return np.zeros(0)
         return self._features.flops(prompts, responses) + 2.0 * self._head.coef_.size
 
     def flops_bound(self) -> float:
-        """The most that one response can take."""
+        """Return the upper bound for one response."""
         return self._features.flops_bound() + 2.0 * self._head.coef_.size
 
     def save(self, folder: str | Path) -> None:
-        """Write the reward, whole or not at all; a learned reward that is there is replaced."""
+        """Write the reward to a folder atomically, replacing any learned reward in it."""
         features = self._features
         about = {
             "kind": features.kind,
@@ -237,10 +237,10 @@ def _read(folder: Path, given: Mapping[str, Any]) -> Fitted:
 
 
 def _features(config: Mapping[str, Any], given: Mapping[str, Any]) -> Features:
-    """Features of a saved head, not fitted yet."""
+    """Return the features of a saved head, not fitted yet."""
     statistics = config["statistics"]
     if statistics is not None and tuple(statistics) != STATISTICS:
-        raise ValueError("counts of texts that this version of the package does not make")
+        raise ValueError("text statistics that this version of the package does not compute")
     kinds = {kind.kind: kind for kind in (EmbeddingFeatures, HiddenFeatures, TokenFeatures)}
     if config["kind"] not in kinds:
         raise ValueError(f"features {config['kind']!r}, expected one of {sorted(kinds)}")
@@ -248,7 +248,7 @@ def _features(config: Mapping[str, Any], given: Mapping[str, Any]) -> Features:
     model = given[kind.argument]
     if model is None and not config["has_name"]:
         raise ValueError(
-            f"it was fitted with a {config['source']!r} object, which has no name to load it by: "
+            f"it was fitted with a {config['source']!r} object, which cannot be loaded by name; "
             f"pass LearnedReward(folder, {kind.argument}=...)"
         )
     if model is None and config["source"] != EMBEDDED:
@@ -267,31 +267,31 @@ def fit_reward(
     name: str | None = None,
     data_name: str | None = None,
 ) -> LearnedReward:
-    """Fit a reward model, not saved yet: a linear head on features of a frozen model.
+    """Fit a reward model, a linear head on features of a frozen model, without saving it.
 
-    Its report is of the pairs or records of prompts, told apart by their text, that are held out of
-    the fit. The penalty is chosen by cross-validation by prompt on the others.
+    Prompts are split by their text. The report covers the pairs or records of the held-out prompts.
+    The penalty is chosen on the other prompts, by cross-validation grouped by prompt.
 
-    Bradley-Terry: a response is preferred with probability sigmoid(r_chosen - r_rejected), a
-    logistic regression on differences of features without an intercept; margins are not used.
+    Bradley-Terry: a response is preferred with probability sigmoid(r_chosen - r_rejected). This is
+    a logistic regression on feature differences without an intercept; margins are not used.
     Regression: ridge regression of the scores.
 
     Sources: Bradley and Terry, "Rank Analysis of Incomplete Block Designs", Biometrika 1952;
     Stiennon et al., "Learning to summarize from human feedback", NeurIPS 2020. Deviation: only a
-    head is fitted, the model below it is frozen.
+    head is fitted; the model below it is frozen.
 
     Args:
-        data: Preference pairs, or for regression scored records of one reward model.
-        features: By default `EmbeddingFeatures()`, on MiniLM, with counts. A copy is fitted.
-        held_out: Share of the prompts to measure on.
-        seed: The split follows from it.
-        name: Of the reward; by default `learned(<data_name>)`.
-        data_name: What preferences or scores come from; by default the records' reward, or
-            "preferences".
+        data: Preference pairs; for regression, records scored by one reward model.
+        features: By default `EmbeddingFeatures()`: MiniLM and text statistics. A copy is fitted.
+        held_out: Fraction of prompts to hold out.
+        seed: Seed of the split.
+        name: Name of the reward; by default `learned(<data_name>)`.
+        data_name: Source of the preferences or scores; by default the name of the records' reward,
+            or "preferences".
 
     Raises:
-        RewardFitError: There is too little data (fewer than five prompts), all of it looks the same
-            to the features, or it does not fit the objective.
+        RewardFitError: There is too little data (fewer than five prompts), all rows have the same
+            features, or the data does not fit the objective.
 
     Example:
         >>> pairs = pairs_from_records(read_records("records"))  # doctest: +SKIP
@@ -302,7 +302,7 @@ def fit_reward(
     rows: Any = data
     origin = _checked(rows, objective)
     table = (RewardData.of_pairs if objective == "bradley-terry" else RewardData.of_records)(rows)
-    # A copy: the same features in two fits give two rewards.
+    # Copy the features, so the same object can be used in several fits.
     features = EmbeddingFeatures() if features is None else copy.copy(features)
     raw = features.read(table.prompts, table.responses)
     test = split_by_group(table.groups, held_out, seed)
@@ -315,7 +315,7 @@ def fit_reward(
     head, chosen = fit_head(inputs[used], groups, targets, seed)
     if head is None:
         raise RewardFitError(
-            f"Expected responses that the features tell apart, but {len(data)} rows look the same "
+            f"Expected responses with different features, but {len(data)} rows look the same "
             f"to {features.kind} features. Add data, or choose other features."
         )
     origin = data_name or origin
@@ -327,22 +327,22 @@ def fit_reward(
 def fit_head(
     inputs: FloatArray, groups: npt.NDArray[np.int64], targets: FloatArray | None, seed: int
 ) -> tuple[Ridge | None, dict[str, Any]]:
-    """Choose the penalty by cross-validation over prompts, then fit on all.
+    """Choose the penalty by cross-validation over prompts, then fit on all data.
 
     Args:
-        inputs: float64[N, d] of scored responses; of pairs float64[2 N, d], the chosen ones' first.
-        groups: Prompts of the records or pairs.
-        targets: float64[N], scores; None for pairs, whose scores have the mean 0.
+        inputs: float64[N, d] for scored responses; float64[2 N, d] for pairs, chosen ones first.
+        groups: int64[N], the prompt of each record or pair.
+        targets: float64[N], the scores; None for pairs, whose predicted scores have mean 0.
 
     Returns:
-        The head, None where inputs are the same for all records, or for both responses of all
-        pairs; and what was chosen.
+        The head, or None if the inputs are the same for all records, or for both responses of all
+        pairs; and the chosen penalty with its validation loss.
     """
     folds = GroupKFold(min(_FOLDS, len(np.unique(groups))), shuffle=True, random_state=seed)
     sizes = [len(left_out) for _, left_out in folds.split(groups, groups=groups)]
 
     def mean_scores(results: Mapping[str, Any]) -> FloatArray:
-        # By row: a fold of more rows counts for more.
+        # Weight folds by their number of rows.
         scores = [results[f"split{i}_test_score"] for i in range(len(sizes))]
         return np.average(scores, axis=0, weights=sizes)
 
@@ -353,8 +353,8 @@ def fit_head(
     if targets is None:
         chosen, rejected = np.split(inputs, 2)
         differences = chosen - rejected
-        # Every pair goes in both ways: its loss and that of its mirror image are the same, and the
-        # solver wants to see both classes.
+        # Add every pair in both orders. Both have the same loss, and the solver requires both
+        # classes.
         rows, groups = np.concatenate([differences, -differences]), np.tile(groups, 2)
         targets = np.repeat([1, 0], len(differences))
         model = LogisticRegression(fit_intercept=False, max_iter=1000)
@@ -374,19 +374,19 @@ def fit_head(
 
 
 def _checked(data: Sequence[Any], objective: str) -> str:
-    """What the data is called by default; refused where it does not fit the objective."""
+    """Return the default name of the data; raise if it does not fit the objective."""
     try:
         one_of("objective", objective, Objective)
     except ValueError as error:
         raise RewardFitError(str(error)) from error
     if not data:
-        raise RewardFitError("Expected data to fit a reward on, got none.")
+        raise RewardFitError("Expected at least one row of data to fit a reward on, got none.")
     is_pairs = all(isinstance(row, PreferencePair) for row in data)
     if is_pairs != (objective == "bradley-terry"):
         raise RewardFitError(
-            f"objective={objective!r} takes "
+            f"objective={objective!r} requires "
             f"{'scored records' if is_pairs else 'preference pairs'}, got "
-            f"{type(data[0]).__name__}s. Make pairs of records with `pairs_from_records`, or "
+            f"{type(data[0]).__name__}s. Make pairs from records with `pairs_from_records`, or "
             "change the objective."
         )
     return "preferences" if is_pairs else one_reward(data)

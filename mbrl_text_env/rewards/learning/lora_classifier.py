@@ -1,4 +1,4 @@
-"""What every training of a LoRA adapter needs: silence, and a folder that nothing executes."""
+"""Helpers for training LoRA adapters: silence warnings, and write safe folders."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-# What a folder holds; nothing of it is executed when it is read.
+# The file types kept in a folder; reading them does not execute code.
 _SAFE = (".json", ".jinja", ".model", ".safetensors", ".txt")
 
 
 def write_adapter(folder: Path, model: Any, tokenizer: Any, base: str) -> None:
-    """Write adapter, tuned heads and tokenizer, and nothing that is executed when it is read."""
+    """Write adapter, tuned heads and tokenizer, only in formats that cannot execute code."""
     model.peft_config["default"].base_model_name_or_path = base
     model.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
     tokenizer.save_pretrained(folder)
@@ -24,14 +24,14 @@ def write_adapter(folder: Path, model: Any, tokenizer: Any, base: str) -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without what transformers says of things that are meant, such as heads that start random."""
+    """Silence transformers' warnings about intended things, such as randomly initialised heads."""
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
         with warnings.catch_warnings():
-            # TRL sets arguments that transformers is about to rename.
+            # TRL sets arguments that transformers will rename.
             warnings.simplefilter("ignore", FutureWarning)
             yield
     finally:

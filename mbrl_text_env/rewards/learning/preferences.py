@@ -1,7 +1,6 @@
-"""Preference pairs: what pairwise reward models are fitted on.
+"""Preference pairs, the training data of pairwise reward models.
 
-They are read from files and datasets in TRL's preference format, or made from records whose scores
-are trusted.
+Read them from files and datasets in TRL's preference format, or make them from scored records.
 """
 
 from __future__ import annotations
@@ -37,23 +36,23 @@ if TYPE_CHECKING:
 
 RESPONSES = ("chosen", "rejected")
 _HUB_NAME = re.compile(r"[\w.-]+(?:/[\w.-]+)?")
-# How dialogues are written out as plain text in Anthropic's data and those made after it.
+# Starts the assistant's turn in Anthropic's plain-text dialogues and datasets of that format.
 _TURN = "\n\nAssistant:"
 
 
 class PreferenceError(ValueError):
-    """Preference pairs that cannot be read, made or written as asked."""
+    """Raised if preference pairs cannot be read, made or written."""
 
 
 @dataclass(frozen=True)
 class PreferencePair:
-    """Two responses to a prompt, of which one was preferred.
+    """Two responses to a prompt, one of which is preferred.
 
     Args:
-        prompt: What both answer.
-        chosen, rejected: Either may be empty: a language model can end at once. They differ by more
-            than white space around them.
-        margin: By how much, in the units of the judge; None where it is not known.
+        prompt: The prompt of both responses.
+        chosen, rejected: The responses. One of them can be empty, since a language model can stop
+            immediately. They must differ in more than surrounding white space.
+        margin: The difference in score, in the units of the judge; None if unknown.
 
     Example:
         >>> PreferencePair(Prompt.from_text("2 + 2?"), "4", "5").flipped().chosen
@@ -69,16 +68,16 @@ class PreferencePair:
         if self.chosen.strip() == self.rejected.strip():
             raise PreferenceError(
                 f"Prompt {self.prompt.id!r}: expected two different responses, got "
-                f"{shortened(repr(self.chosen))} as chosen and as rejected. Leave the pair out."
+                f"{shortened(repr(self.chosen))} as chosen and as rejected. Remove the pair."
             )
         if self.margin is not None and not 0 <= self.margin < math.inf:
             raise PreferenceError(
-                f"Prompt {self.prompt.id!r}: expected a finite margin of at least 0, or none, got "
-                f"{self.margin!r}. Swap the responses, or leave the margin out."
+                f"Prompt {self.prompt.id!r}: expected a finite margin of at least 0, or None, got "
+                f"{self.margin!r}. Swap the responses, or remove the margin."
             )
 
     def flipped(self) -> PreferencePair:
-        """The opposite preference."""
+        """Return the opposite preference."""
         return PreferencePair(self.prompt, self.rejected, self.chosen, self.margin)
 
 
@@ -87,32 +86,31 @@ def load_preferences(
 ) -> list[PreferencePair]:
     """Read preference pairs in TRL's format.
 
-    A row has `chosen` and `rejected` and, with an explicit prompt, `prompt`; each is a string or a
-    list of `{"role": ..., "content": ...}`. Without a prompt (TRL's implicit prompt), or where both
-    begin with the same messages, `chosen` and `rejected` are whole conversations, and what they
-    share at the start is the prompt: messages, or characters of a string up to the last
-    "\\n\\nAssistant:" where there is one. Exactly one message of the assistant has to follow.
-    Optional are `margin` (TRL's), `id`, `split`, and `metadata` (an object, or one as a JSON
-    string); other columns become metadata too. Prompts of equal content get the same default id,
-    `<name>-<row of the first>`.
+    A row has `chosen`, `rejected` and, for an explicit prompt, `prompt`. Each is a string or a list
+    of `{"role": ..., "content": ...}`. Without a prompt (TRL's implicit prompt), or if both start
+    with the same messages, `chosen` and `rejected` are whole conversations, and the prompt is their
+    common start: messages, or the characters of a string up to the last "\\n\\nAssistant:" if there
+    is one. Exactly one assistant message must follow. Optional columns are `margin` (TRL's), `id`,
+    `split` and `metadata` (an object or a JSON string); other columns become metadata too. Prompts
+    with equal content get the same default id, `<name>-<row of the first>`.
 
     Source of the format: TRL's documentation, "Dataset formats and types", "Preference".
-    Deviation: a string that is shared without "\\n\\nAssistant:" ends before the word in which the
-    responses begin to differ, where TRL may split a word.
+    Deviation: without "\\n\\nAssistant:", a string's common start ends before the word in which the
+    responses first differ; TRL can split a word.
 
     Args:
-        source: A `.jsonl` file in UTF-8, one object a line; or the name of a dataset on the Hugging
-            Face Hub, or a folder that `datasets.load_dataset` reads.
-        split: Of a dataset, as `datasets` takes it (`"train[:100]"`); a file has all in one.
+        source: A `.jsonl` file in UTF-8, one object per line; the name of a dataset on the Hugging
+            Face Hub; or a folder that `datasets.load_dataset` reads.
+        split: Split of a dataset, in the syntax of `datasets` (`"train[:100]"`); ignored for files.
         config: Name of the dataset's configuration.
-        limit: Read only so many rows, the first.
+        limit: Maximum number of rows to read.
 
     Returns:
         At least one pair, in the order of the source.
 
     Raises:
-        PreferenceError: The source cannot be read, it has no rows, or a row is no pair; the message
-            names the file and line, or the dataset's row.
+        PreferenceError: The source cannot be read or has no rows, or a row is not a pair. The
+            message names the file and line, or the dataset's row.
 
     Example:
         >>> pairs = load_preferences("trl-lib/ultrafeedback_binarized")  # doctest: +SKIP
@@ -141,17 +139,16 @@ def pairs_from_records(
     min_gap: float = 0.0,
     seed: int = 0,
 ) -> list[PreferencePair]:
-    """Make pairs from responses whose score is trusted: within a prompt, the higher is chosen.
+    """Make pairs from scored responses to the same prompt; the one with the higher score is chosen.
 
-    Ties are left out, and so are responses that a prompt has twice. The scores' difference is the
-    pair's margin. The choice for a prompt follows from the seed and its text, whatever other
-    prompts there are.
+    Ties and duplicate responses are dropped. The margin of a pair is the difference of the scores.
+    The pairs drawn for a prompt depend only on the seed and its text, not on the other prompts.
 
     Args:
-        records: Scored by one reward model.
-        pairs_per_prompt: Pairs that are drawn for a prompt, without replacement; None keeps all.
-        min_gap: Only pairs whose scores differ by more than this; it is an error if none do.
-        seed: The choice follows from it.
+        records: Records scored by one reward model.
+        pairs_per_prompt: Number of pairs to draw per prompt, without replacement; None for all.
+        min_gap: Keep only pairs whose scores differ by more than this; an error if there are none.
+        seed: Seed of the draw.
 
     Example:
         >>> pairs = pairs_from_records(read_records("records"), seed=0)  # doctest: +SKIP
@@ -177,7 +174,7 @@ def pairs_from_records(
             rng = np.random.default_rng(spawn_seed(seed, *text.encode()))
             kept = sorted(rng.choice(len(found), pairs_per_prompt, replace=False))
             found = [found[i] for i in kept]
-        # The prompt of the first: equal prompts may have different ids.
+        # Use the first prompt, because equal prompts can have different ids.
         prompt = next(iter(responses.values()))[0].prompt()
         pairs += [
             PreferencePair(prompt, better.response, worse.response, high - low)
@@ -187,16 +184,16 @@ def pairs_from_records(
         raise PreferenceError(
             "Expected responses to a prompt whose scores differ by more than "
             f"{min_gap}, got none in {len(records)} records of {len(groups)} prompts. Collect more "
-            "responses to each prompt, lower min_gap, or take another reward as gold."
+            "responses per prompt, lower min_gap, or use another reward as gold."
         )
     return pairs
 
 
 def write_preferences(path: str | Path, pairs: Sequence[PreferencePair]) -> None:
-    """Write pairs as JSONL that `load_preferences`, `datasets` and TRL read; whole or not at all.
+    """Write pairs atomically as JSONL that `load_preferences`, `datasets` and TRL can read.
 
-    Chats and the responses to them are written as messages, as TRL wants it, plain text and the
-    responses to it as strings. Metadata is a JSON string, since a dataset's columns have one type.
+    Chats and their responses are written as messages, as TRL expects; plain text and its responses
+    as strings. Metadata is a JSON string, because a dataset's column has one type.
     """
     if not pairs or Path(path).suffix != ".jsonl":
         raise PreferenceError(
@@ -208,8 +205,8 @@ def write_preferences(path: str | Path, pairs: Sequence[PreferencePair]) -> None
         write_text(path, "\n".join(lines) + "\n")
     except (OSError, TypeError, ValueError) as error:
         raise PreferenceError(
-            f"{path}: expected pairs of valid Unicode with JSON metadata and a place that can be "
-            f"written, got {type(error).__name__}: {error}. Change the path or the pairs."
+            f"{path}: expected pairs of valid Unicode with JSON metadata and a writable path, "
+            f"got {type(error).__name__}: {error}. Change the path or the pairs."
         ) from error
 
 
@@ -231,7 +228,7 @@ def _hub_rows(name: str, split: str, config: str | None) -> Iterator[_Row]:
     if not Path(name).is_dir() and not _HUB_NAME.fullmatch(name):
         raise PreferenceError(
             f"Expected a .jsonl file, a dataset's folder, or its name on the Hugging Face Hub, got "
-            f"{name!r}. Check the path, or give the file the ending .jsonl."
+            f"{name!r}. Check the path, or rename the file to end in .jsonl."
         )
     place, dataset = load_dataset(name, split, config)
     for index, fields in enumerate(dataset):
@@ -239,8 +236,8 @@ def _hub_rows(name: str, split: str, config: str | None) -> Iterator[_Row]:
 
 
 def _pair_of(row: _Row, first_ids: dict[Any, str]) -> PreferencePair:
-    """The pair of a row; `first_ids`, default ids of the prompts that were met, is added to."""
-    # Columns that a row of a dataset does not use are null.
+    """Return the pair of a row, and add the prompt's default id to `first_ids`."""
+    # Unused columns of a dataset's row are null.
     fields = {name: value for name, value in row.fields.items() if value is not None}
     for column in RESPONSES:
         if column not in fields:
@@ -269,7 +266,7 @@ def _pair_of(row: _Row, first_ids: dict[Any, str]) -> PreferencePair:
 def _texts(
     row: _Row, prompt: Any, chosen: Any, rejected: Any
 ) -> tuple[str | tuple[Message, ...], str, str]:
-    """The prompt's content, and the two responses."""
+    """Return the prompt's content and the two responses."""
     if not isinstance(prompt, str | list | None):
         raise row.error("a string or a list of messages as prompt", repr(prompt), "Change it.")
     if isinstance(chosen, list) and isinstance(rejected, list):
@@ -281,7 +278,7 @@ def _texts(
         return _content(row, prompt), chosen, rejected
     cut = _shared_characters(chosen, rejected)
     if not chosen[:cut].strip():
-        expected = "a column 'prompt', or texts that begin with the same prompt"
+        expected = "a column 'prompt', or texts that start with the same prompt"
         raise row.error(expected, [chosen, rejected], "Add the prompt.")
     return chosen[:cut], chosen[cut:], rejected[cut:]
 
@@ -296,38 +293,38 @@ def _from_messages(
     content = None if prompt is None else _content(row, prompt)
     if shared:
         repeated = Prompt("shared", chosen[:shared])
-        # Some datasets repeat the first message of the conversations as their prompt.
+        # In some datasets, the prompt repeats a message of the conversations.
         alike = isinstance(content, str) and content == chosen[shared - 1].content
         if content is not None and not alike and Prompt("own", content).text != repeated.text:
             shown = shortened(repr(prompt))
-            expected = f"responses, or conversations that begin with the prompt {shown}"
-            raise row.error(expected, repeated.text, "Leave the column 'prompt' out.")
+            expected = f"responses, or conversations that start with the prompt {shown}"
+            raise row.error(expected, repeated.text, "Remove the column 'prompt'.")
         content = chosen[:shared]
     if content is None:
-        expected = "a column 'prompt', or conversations that begin with the same messages"
+        expected = "a column 'prompt', or conversations that start with the same messages"
         raise row.error(expected, responses, "Add the prompt.")
     for column, rest in zip(RESPONSES, (chosen[shared:], rejected[shared:]), strict=True):
         if (roles := [message.role for message in rest]) != ["assistant"]:
-            expected = f"one message of the assistant after the prompt in {column!r}"
-            raise row.error(expected, roles, "Leave the row out.")
+            expected = f"one assistant message after the prompt in {column!r}"
+            raise row.error(expected, roles, "Remove the row.")
     if isinstance(content, str):
         content = (Message("user", content),)
     return content, chosen[-1].content, rejected[-1].content
 
 
 def _content(row: _Row, value: Any) -> Any:
-    """A text, or messages."""
+    """Return a string unchanged, or a tuple of messages."""
     return value if isinstance(value, str) else tuple(_message(row, each) for each in value)
 
 
 def _shared(a: Sequence[Any], b: Sequence[Any]) -> int:
-    """How many items at the start are the same."""
+    """Return the number of equal items at the start."""
     pairs = enumerate(zip(a, b, strict=False))
     return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))
 
 
 def _shared_characters(a: str, b: str) -> int:
-    """Length of the prompt with which two texts begin."""
+    """Return the length of the common prompt of two texts."""
     shared = _shared(a, b)
     turn = a.rfind(_TURN, 0, shared)
     if turn >= 0:

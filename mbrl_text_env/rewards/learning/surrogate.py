@@ -1,4 +1,4 @@
-"""A learned head in place of most calls of a reward: real calls where it is least sure."""
+"""A surrogate that replaces most reward calls, with real calls where it is least certain."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ _BAND = 0.95
 
 
 class Heads(NamedTuple):
-    """Ridge regressions, float64[D, M] and float64[M], each on a bootstrap sample of the prompts.
+    """M ridge regressions, float64[D, M] and float64[M], each on a bootstrap sample of prompts.
 
-    `low` and `high` are scores that were seen, which no prediction leaves; `error` is the root mean
-    square error on the prompts that are not in a head's sample.
+    Predictions are clipped to the range of observed scores, `low` to `high`. `error` is the root
+    mean square error on the prompts outside each head's sample.
     """
 
     features: Features
@@ -46,9 +46,9 @@ class Heads(NamedTuple):
     def fit(
         cls, features: Features, raw: Raw, scores: FloatArray, prompts: Any, members: int, seed: int
     ) -> Heads:
-        """Fit on N labelled responses; the penalty is chosen by leave-one-out errors."""
+        """Fit on N labelled responses, with the penalty of the lowest leave-one-out error."""
         inputs = features.fit(raw).transform(raw)
-        # One row has no others to be predicted from.
+        # Leave-one-out errors need several rows.
         alpha = RidgeCV(_PENALTIES).fit(inputs, scores).alpha_ if len(scores) > 2 else 1.0
         groups = np.unique(prompts, return_inverse=True)[1]
         count, rng = groups.max() + 1, np.random.default_rng([seed, len(scores)])
@@ -64,23 +64,23 @@ class Heads(NamedTuple):
         return cls(features, weights, intercepts, low, high, error)
 
     def predict(self, raw: Raw) -> tuple[FloatArray, FloatArray]:
-        """Mean and standard deviation over the heads, float64[B] each."""
+        """Return the mean and standard deviation over the heads, float64[B] each."""
         told = self.features.transform(raw) @ self.weights + self.intercepts
         told = np.clip(told, self.low, self.high)
         return told.mean(axis=1), told.std(axis=1)
 
 
 class Batch(NamedTuple):
-    """What was done with a batch of B responses, K of which the reward was asked for.
+    """A batch of B responses, of which K were scored by the reward.
 
     Args:
-        scores: float64[B], as returned.
-        rows: int64[K], which were asked for, `num_audited` drawn at random before the least sure.
-        labels: float64[K], what the reward said.
-        told, stds: float64[K], what the heads had said before; NaN while there were none.
-        error: Of the heads on prompts left out; NaN while there were none.
+        scores: float64[B], the returned scores.
+        rows: int64[K], indices of the K responses: `num_audited` random ones, then the others.
+        labels: float64[K], the reward's scores.
+        told, stds: float64[K], the heads' earlier predictions; NaN if there were no heads.
+        error: The heads' error on left-out prompts; NaN if there were no heads.
         raw: Features of the K responses.
-        responses: Prompt ids and texts of all B.
+        responses: Prompt ids and texts of all B responses.
     """
 
     scores: FloatArray
@@ -95,18 +95,18 @@ class Batch(NamedTuple):
 
     @property
     def audit(self) -> FloatArray:
-        """float64[num_audited]: heads minus reward, on responses drawn at random."""
+        """Heads minus reward on the random responses, float64[num_audited]."""
         return (self.told - self.labels)[: self.num_audited]
 
 
 class Audit(NamedTuple):
-    """Heads against the reward, on responses drawn at random from some batches in a row.
+    """A comparison of heads and reward on random responses from consecutive batches.
 
     Args:
-        batches, calls: So many there were up to the last of them.
-        errors: float64[K], heads minus reward, before the heads had seen these.
-        error: Their root mean square; NaN without one.
-        band: What `error` stays below in 95% of audits, if errors are as on prompts left out.
+        batches, calls: Total numbers of batches and calls, up to the last of these batches.
+        errors: float64[K], heads minus reward, before the heads were fitted on these responses.
+        error: Their root mean square; NaN if there are none.
+        band: The 95% upper limit of `error` if errors are as large as on left-out prompts.
     """
 
     batches: int
@@ -117,7 +117,7 @@ class Audit(NamedTuple):
 
 
 def audits(batches: Sequence[Batch], count: int) -> list[Audit]:
-    """The audits of batches, in up to `count` parts; the first ones, without heads, have none."""
+    """Return the audits of up to `count` parts of the batches, without batches before any heads."""
     found = []
     for part in np.array_split(np.arange(len(batches)), min(count, len(batches))):
         told = [batches[at] for at in part if not np.isnan(batches[at].error)]
@@ -133,7 +133,7 @@ def audits(batches: Sequence[Batch], count: int) -> list[Audit]:
 
 
 def choose_calls(stds: FloatArray, count: int, audited: int, rng: np.random.Generator) -> IntArray:
-    """Which of B responses to ask the reward for: `audited` at random, then the least sure.
+    """Return the indices of `count` responses: `audited` random ones, then the least certain.
 
     Example:
         >>> rng = np.random.default_rng(0)
@@ -148,32 +148,32 @@ def choose_calls(stds: FloatArray, count: int, audited: int, rng: np.random.Gene
 
 @dataclass(eq=False, repr=False)
 class SurrogateReward(RewardModel):
-    """A reward that answers by a head fitted on the scores of a few of the responses it was shown.
+    """A surrogate of an expensive reward: heads fitted on the scores of a few responses.
 
-    Of each batch, `calls_per_batch` responses are scored by the reward itself: `audited` of them
-    drawn at random, which measures the heads on what they have not seen, and those about which the
-    heads differ most. The heads are fitted anew on all labels, and say the scores of the others,
-    within the range of the labels. The first `first_calls` responses are all asked for.
+    In each batch, the real reward scores `calls_per_batch` responses: `audited` random ones, which
+    measure the heads on unseen responses, and those on which the heads disagree most. Then the
+    heads are fitted again on all labels. They predict the scores of the other responses, within the
+    range of the labels. The real reward scores all of the first `first_calls` responses.
 
-    A batch is written before its scores are returned, and one that was seen is looked up: a
-    training that was killed sees the same scores again. Calls are counted before they are made, so
-    that a kill in between costs them, and `max_calls` is never exceeded.
+    A batch is saved before its scores are returned, and a repeated batch is read from the folder,
+    so a training run that was killed gets the same scores again. Calls are counted before they are
+    made, so `max_calls` is never exceeded, but calls interrupted by a kill are lost.
 
-    Sources: Janner et al., "When to Trust Your Model", NeurIPS 2019 (a model fitted anew as the
-    policy moves); Settles, "Active Learning Literature Survey", 2009 (disagreement of a committee);
-    Coste et al., "Reward Model Ensembles Help Mitigate Overoptimization", 2024. Deviation: the
-    ensemble's mean is the score, not its minimum; audits show what is exploited.
+    Sources: Janner et al., "When to Trust Your Model", NeurIPS 2019 (a model refitted as the policy
+    changes); Settles, "Active Learning Literature Survey", 2009 (query by committee); Coste et al.,
+    "Reward Model Ensembles Help Mitigate Overoptimization", 2024. Deviation: the score is the
+    ensemble's mean, not its minimum; audits reveal exploitation of the surrogate.
 
     Args:
-        reward: The real one.
-        folder: Where labels are kept; the same reward, features, members and seed go on with it.
-        features: What heads see of prompt and response; `EmbeddingFeatures()` by default.
-        max_calls: Of the real reward, in all.
-        members: Heads of the ensemble.
+        reward: The real reward.
+        folder: Stores the labels; continue with the same reward, features, members and seed.
+        features: The features of prompt and response; `EmbeddingFeatures()` by default.
+        max_calls: Maximum total number of calls of the real reward.
+        members: Number of heads in the ensemble.
 
     Raises:
-        RewardError: A setting is out of range; the folder is of another surrogate, or damaged.
-            When scoring: the reward failed, or said what is no finite number.
+        RewardError: A setting is out of range, or the folder is damaged or of another surrogate.
+            When scoring, if the reward fails or returns a number that is not finite.
 
     Example:
         >>> from mbrl_text_env.rewards import SentimentReward
@@ -216,26 +216,26 @@ class SurrogateReward(RewardModel):
 
     @property
     def batches_(self) -> list[Batch]:
-        """What was done with each batch, in order."""
+        """All batches so far, in order."""
         return [*self._known.values()]
 
     def identity(self) -> Any:
-        """The real reward and the settings; not what was learned so far."""
+        """Return the identity of the real reward and the settings, without the learned heads."""
         calls = ("max_calls", "first_calls", "calls_per_batch", "audited")
         return {"surrogate": self._settings, **{name: getattr(self, name) for name in calls}}
 
     @property
     def calls(self) -> int:
-        """Calls of the real reward so far, those that a kill has lost among them."""
+        """Number of calls of the real reward so far, including calls lost to a kill."""
         path = self._folder / _CALLS
         return int(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else 0
 
     def applies_to(self, prompt: Prompt) -> bool:
-        """Whether the reward can score answers to `prompt`, and the features be read."""
+        """Return whether the reward and the features apply to `prompt`."""
         return self._reward.applies_to(prompt) and self._features.applies_to(prompt)
 
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> FloatArray:
-        """Return float64[B]: what the reward said where it was asked, else what the heads say."""
+        """Return float64[B], the real reward's scores where it was called, else the heads'."""
         pairs = zip(prompts, responses, strict=True)
         key = digest(*(f"{prompt_digest(p)} {response}".encode() for p, response in pairs))
         if key not in self._known:
@@ -245,20 +245,20 @@ class SurrogateReward(RewardModel):
         return batch.scores.copy()
 
     def reward_calls(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Sequence[int]:
-        """int[B], 1 where the reward was asked in the batch that was just scored."""
+        """Return int[B], 1 where the real reward was called in the batch just scored, else 0."""
         return self._asked
 
     def flops(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> FloatArray:
-        """float64[B]: reading the features, and the reward's own where it was asked."""
+        """Return float64[B], the FLOPs of the features, plus the real reward's where called."""
         own = np.asarray(self._reward.flops(prompts, responses), dtype=np.float64)
         return self._features.flops(prompts, responses) + np.asarray(self._asked) * own
 
     def flops_bound(self) -> float:
-        """Features and the reward."""
+        """Return the upper bound for one response: features and real reward."""
         return self._features.flops_bound() + self._reward.flops_bound()
 
     def _add(self, key: str, prompts: Sequence[Prompt], responses: Sequence[str]) -> None:
-        """Score a new batch, learn from it, and write it."""
+        """Score a new batch, fit the heads again, and save the batch."""
         count, raw = len(responses), self._features.read(prompts, responses)
         heads, calls, number = self._heads, self.calls, len(self._known)
         labelled = sum(len(batch.labels) for batch in self._known.values())
@@ -267,8 +267,8 @@ class SurrogateReward(RewardModel):
         wanted = max(0, min(wanted, self.max_calls - calls, count))
         if heads is None and wanted < 1:
             raise RewardError(
-                f"{self.name}: expected calls of the reward to be left, got all {calls} of "
-                f"max_calls lost to kills before the first labels were written. Raise max_calls."
+                f"{self.name}: expected remaining calls of the reward, but all {calls} calls of "
+                f"max_calls were lost to kills before the first labels were saved. Raise max_calls."
             )
         audited = min(self.audited if heads else wanted, wanted)
         rng = np.random.default_rng([self.seed, number])
@@ -303,7 +303,7 @@ _ARRAYS = ("scores", "rows", "labels", "told", "stds")
 
 
 def read_batches(folder: str | Path) -> dict[str, Batch]:
-    """The batches of a folder of labels, in order, by what they are looked up with.
+    """Return the batches of a folder of labels, in order, by their keys.
 
     Raises:
         RewardError: A file is damaged.
@@ -321,7 +321,7 @@ def read_batches(folder: str | Path) -> dict[str, Batch]:
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise RewardError(
                 f"{path}: expected a batch of labels, got a damaged file ({type(error).__name__}: "
-                f"{error}). Restore it from a copy, or begin with an empty folder."
+                f"{error}). Restore it from a copy, or start with an empty folder."
             ) from error
     return found
 
@@ -329,7 +329,7 @@ def read_batches(folder: str | Path) -> dict[str, Batch]:
 def _write_batch(path: Path, key: str, batch: Batch) -> None:
     arrays = {**{name: getattr(batch, name) for name in _ARRAYS}, **batch.raw}
     arrays = {name: np.ascontiguousarray(values) for name, values in arrays.items()}
-    # The error as text: JSON has no NaN.
+    # Write the error as text, because JSON has no NaN.
     about = {"key": key, "num_audited": batch.num_audited, "error": repr(batch.error)}
     about["responses"] = batch.responses
     with writing(path.parent, RewardError), write_file(path) as scratch:

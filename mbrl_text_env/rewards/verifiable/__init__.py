@@ -1,1 +1,1 @@
-"""Rewards that a program can check: answers, patterns, schemas, constraints, puzzles, code."""
+"""Rewards verified by a program: answers, patterns, schemas, constraints, puzzles, code."""

@@ -1,25 +1,25 @@
-r"""Answers that are right or wrong: the same text, the same number.
+r"""Rewards that compare the response's answer with a reference answer, as text or as a number.
 
-Both, and `mathematics.MathReward`, read `prompt.metadata["reference_answer"]`, one answer or a list
-of accepted ones, and take `extract`, which says where in a response its answer stands:
+These rewards and `mathematics.MathReward` read `prompt.metadata["reference_answer"]`, one answer or
+a list of accepted answers. The argument `extract` says how to find the answer in a response:
 
 | `extract`        | The answer                                                                 |
 |------------------|----------------------------------------------------------------------------|
 | None             | the whole response                                                         |
-| `"last line"`    | its last line that is not blank                                            |
-| `"<answer>"`     | what stands between the last `<answer>` and `</answer>` (any such tag)     |
-| `"\boxed"`       | what stands in the braces of the last `\boxed{...}` (any such command)     |
-| other text       | what follows its last occurrence, in any case, to the end of the line, or, |
-|                  | if that is blank, on the next line that is not: "####", "Answer:"          |
+| `"last line"`    | the last line that is not blank                                            |
+| `"<answer>"`     | the text between the last `<answer>` and `</answer>` (any such tag)        |
+| `"\boxed"`       | the text in the braces of the last `\boxed{...}` (any such command)        |
+| other text       | the rest of the line after its last occurrence (case is ignored), or the   |
+|                  | next line that is not blank, if the rest is blank: "####", "Answer:"       |
 
-Emphasis around such a text ("**Answer:** 42") is no part of the answer. A response without such a
-place has no answer and scores 0, like an empty one.
+Emphasis around such a text ("**Answer:** 42") is not part of the answer. A response without such a
+text has no answer and scores 0, like an empty response.
 
-Of a comma or point between digits, a group of three digits after a comma is thousands, other commas
-are decimal, and a point is decimal where it can be; docs/rewards.md has the table.
+Between digits, a comma before a group of three digits separates thousands; other commas are
+decimal. A point is decimal if possible. See the table in docs/rewards.md.
 """
 
-# ruff: noqa: RUF001 - the marks, digits and spaces of other scripts are meant.
+# ruff: noqa: RUF001 - characters of other scripts are intended.
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ _NUMBER = re.compile(
 )
 _ITEM = re.compile(r"-\s+(\S+)")
 _CHOICE = re.compile(r"[A-Za-z]")
-# What that matches where case is ignored.
+# All characters that `_CHOICE` matches if case is ignored.
 _LETTERS = string.ascii_letters + "İıſ\u212a"
 _CHOICE_MARKS = r"[\s()\[\]{}<>*_`$\"'“”‘’［］（）.:,]*"
 _CHOICE_LABEL = (
@@ -75,19 +75,19 @@ _CHOSEN = re.compile(
     rf"(?:{_CHOICE_MARKS}|[\s*_}}]*[).:\]）］–—-]+[\s*_}}\\]+(.+))",
     re.IGNORECASE | re.DOTALL,
 )
-# What follows a chosen letter takes it back, or names another one.
+# Text after a chosen letter that revokes it or names another letter.
 _NOT_CHOSEN = re.compile(
     r"\b[A-Z]\b|\b[a-z]\)|\b(?:not|or|and\s+[a-z]|wrong|incorrect|false|isn't|either)\b"
 )
-# Numbers of more digits are no answers; reading them takes time that grows with their square.
+# Longer numbers are not answers, and reading them takes quadratic time.
 _MAX_DIGITS = 1000
 
 
 @dataclass(eq=False)
 class AnswerReward(RowReward):
-    """Scores the answer of each response by itself; `extract` says where it stands.
+    """Base class of rewards that score the answer in a response, found with `extract`.
 
-    Its bound is 1: what follows may hold a later answer, and that one counts.
+    The bound is always 1, because a later answer in the response replaces an earlier one.
     """
 
     extract: str | None = None
@@ -102,22 +102,22 @@ class AnswerReward(RowReward):
             )
 
     def applies_to(self, prompt: Prompt) -> bool:
-        """Whether `prompt.metadata["reference_answer"]` is something to compare with."""
+        """Return whether `prompt.metadata["reference_answer"]` can be compared with."""
         return _references(prompt) is not None
 
     def references(self, prompt: Prompt) -> list[str]:
-        """The accepted answers; `RewardError` where there are none."""
+        """Return the accepted answers; raise `RewardError` if there are none."""
         found = _references(prompt)
         if found is None:
-            raise self.unusable(prompt, "a text that is not blank, a number, or a list of such")
+            raise self.unusable(prompt, "a non-blank string, a number, or a list of these")
         return found
 
     def unusable(self, prompt: Prompt, expected: str) -> RewardError:
-        """The error that a prompt's reference answer is not what is expected."""
+        """Return the error for a prompt whose reference answer is not as expected."""
         return RewardError(
             f"Reward model {self.name!r}, prompt {prompt.id!r}: expected "
             f"metadata['reference_answer'] to be {expected}, got "
-            f"{prompt.metadata.get('reference_answer')!r}. Add the answer, or leave out the "
+            f"{prompt.metadata.get('reference_answer')!r}. Add the answer, or remove the "
             "prompts that the reward does not apply to."
         )
 
@@ -136,22 +136,22 @@ def _is_answer(value: Any) -> bool:
 @named("exact-match")
 @dataclass(eq=False)
 class ExactMatchReward(AnswerReward):
-    """1 if the answer is the reference answer, else 0.
+    """1 if the answer is the reference answer, otherwise 0.
 
-    Compared are texts in Unicode's composed form (NFC), without white space around them and with
-    one space for any other, in any case. Emphasis of Markdown around the whole answer
-    ("**Paris**") is ignored where the reference has none. Where the reference is one letter, as for
-    multiple choice, so are brackets, full stops, a label, and the text of the choice: "(B)",
-    "Option B", `\\text{B}` and "B) Paris" are "B". "B) or C)" is not.
+    Texts are compared in Unicode's composed form (NFC). Case and surrounding white space are
+    ignored, and other white space counts as one space. Markdown emphasis around the whole answer
+    ("**Paris**") is ignored if the reference has none. If the reference is one letter (multiple
+    choice), brackets, full stops, a label and the text of the choice are ignored too: "(B)",
+    "Option B", `\\text{B}` and "B) Paris" count as "B". "B) or C)" does not.
 
-    Without `extract`, `bound` is 0 where no reference answer begins with the prefix; what follows
-    its first character that is not ASCII is not looked at.
+    Without `extract`, `bound` is 0 if no reference answer starts with the prefix. Only the prefix
+    before its first non-ASCII character is compared.
 
     Args:
-        extract: Where in the response the answer stands; see the module.
+        extract: How to find the answer in the response; see the module.
 
     Raises:
-        RewardError: When scoring: a prompt, which the message names, has no reference answer.
+        RewardError: When scoring, if a prompt has no reference answer. The message names it.
 
     Example:
         >>> prompt = Prompt.from_text("Capital of France?", metadata={"reference_answer": "Paris"})
@@ -167,7 +167,7 @@ class ExactMatchReward(AnswerReward):
             return 1.0
         text = prefix.lstrip()
         bare = text.rstrip().rstrip(text[0])
-        # Inside of one, two or three marks of emphasis, of which some may be there at its end.
+        # The text inside one, two or three emphasis marks; some can already be closed.
         inner = [bare[marks:] for marks in (1, 2, 3)] if text[0] in "*_`" else []
         accepted = map(_normal, given)
         if any(_begins(answer, each) for answer in accepted for each in (text, *inner)):
@@ -197,14 +197,14 @@ def _choices(given: Sequence[str]) -> set[str]:
 
 
 def _begins(accepted: str, text: str) -> bool:
-    """Whether a normal form may be that of a longer text; ASCII alone is looked at."""
+    """Return whether a longer text can have this normal form; only its ASCII start is checked."""
     start = re.match(r"[\x00-\x7f]*", text)
     known = start[0] if start else ""
-    # A letter more, for a space at the end is one within the longer text.
+    # Append a letter, because a space at the end is inside the longer text.
     whole, before = (_normal(f"{each}x")[:-1] for each in (known, known[:-1]))
     if f"{accepted} ".startswith(whole):
         return True
-    # A mark that combines with the last character may follow.
+    # A combining mark for the last character can follow.
     return accepted.startswith(before) and not accepted[len(before) :][:1].isascii()
 
 
@@ -221,22 +221,22 @@ def _may_choose(text: str, given: Sequence[str]) -> bool:
 @named("numeric")
 @dataclass(eq=False)
 class NumericReward(AnswerReward):
-    r"""1 if the answer's last number is the reference answer, within a tolerance, else 0.
+    r"""1 if the answer's last number is the reference answer, within a tolerance, otherwise 0.
 
-    Read are integers, decimals, groups of three digits (`1,234,567`), fractions (`3/4`,
+    Supported are integers, decimals, groups of three digits (`1,234,567`), fractions (`3/4`,
     `\frac{3}{4}`), mixed numbers (`1 1/2`), powers (`2^5`, `1.5e-3`, `1.5 \times 10^{-3}`), percent
-    (a hundredth), signs and a currency before the number, and Unicode's own forms of all these
-    (`½`, `10³`); the module says which commas are decimal. A minus after a letter or digit is none:
-    of "5-3" the last number is 3. Numbers are compared exactly, as fractions, whatever their size;
-    those of more than 1000 digits, or beyond the power 1000 of ten, are wrong.
+    (a hundredth), signs and a currency before the number, and Unicode forms of all these (`½`,
+    `10³`). The module describes decimal commas. A minus after a letter or digit is not a sign: the
+    last number of "5-3" is 3. Numbers are compared exactly, as fractions. Numbers with more than
+    1000 digits, or powers of ten beyond 1000, are wrong.
 
     Args:
-        extract: Where in the response the answer stands; see the module.
-        abs_tol: Largest difference that counts as equal.
-        rel_tol: The same in parts of the reference answer's size; the larger of both holds.
+        extract: How to find the answer in the response; see the module.
+        abs_tol: Absolute tolerance.
+        rel_tol: Tolerance relative to the reference answer; the larger of the two applies.
 
     Raises:
-        RewardError: When scoring: a prompt, which the message names, has no number as its answer.
+        RewardError: When scoring, if a prompt's reference answer is not a number. It is named.
 
     Example:
         >>> prompt = Prompt.from_text("6 * 250?", metadata={"reference_answer": "1500"})
@@ -255,13 +255,13 @@ class NumericReward(AnswerReward):
         check_finite(self, "abs_tol", "rel_tol", least=0)
 
     def applies_to(self, prompt: Prompt) -> bool:
-        """Whether the prompt has reference answers that are numbers."""
+        """Return whether the prompt's reference answers are numbers."""
         return super().applies_to(prompt) and None not in map(last_number, self.references(prompt))
 
     def _score(self, prompt: Prompt, response: str) -> float:
         accepted = [last_number(text) for text in self.references(prompt)]
         answer = extract_answer(response, self.extract) or ""
-        # "- 73" is a negative number or an item of a list.
+        # "- 73" is a negative number or a list item.
         item = _ITEM.fullmatch(answer)
         values = [last_number(text) for text in (answer, item[1] if item else "")]
         if None in accepted:
@@ -275,11 +275,11 @@ class NumericReward(AnswerReward):
         return abs(value - reference) <= tolerance
 
 
-# --- Where an answer stands ---
+# --- Finding the answer ---
 
 
 def extract_answer(response: str, extract: str | None) -> str | None:
-    r"""The part of a response that is its answer, stripped; None where there is none.
+    r"""Return the answer in a response, stripped, or None if there is none.
 
     Example:
         >>> extract_answer(r"So \boxed{\frac{1}{2}}.", r"\boxed")
@@ -302,11 +302,11 @@ def extract_answer(response: str, extract: str | None) -> str | None:
 
 
 def _in_braces(response: str, command: str) -> str | None:
-    """What stands in the braces of the last command, braces inside it being balanced."""
+    """Return the text in the balanced braces of the last occurrence of a command."""
     _, found, after = response.rpartition(command.rstrip("{}"))
     after = after.lstrip()
     if not found or not after.startswith("{"):
-        # TeX takes one digit of "\\boxed 72"; writers mean the number.
+        # TeX would take one digit of "\\boxed 72", but the whole number is meant.
         bare = re.match(r"[-+]?\d[\d.,]*", after)
         return bare[0].rstrip(".,") if found and bare else None
     depth = 0
@@ -318,7 +318,7 @@ def _in_braces(response: str, command: str) -> str | None:
 
 
 def _after(response: str, marker: str) -> str | None:
-    # "**Answer:** 42" and "**Answer**: 42" are emphasised, and so is "**Answer: 42**".
+    # Emphasis: "**Answer:** 42", "**Answer**: 42" or "**Answer: 42**".
     stem, colon = (marker[:-1], ":") if marker.endswith(":") else (marker, "")
     pattern = re.compile(rf"([*_]*){re.escape(stem)}[*_]*{colon}([*_]*)", re.IGNORECASE)
     places = list(pattern.finditer(response))
@@ -327,17 +327,17 @@ def _after(response: str, marker: str) -> str | None:
     answer = response[places[-1].end() :].strip().partition("\n")[0]
     opening, closing = places[-1][1], places[-1][2]
     if answer and not response[places[-1].end()].isspace():
-        # "Answer:**42**" opens an emphasis of its own.
+        # In "Answer:**42**", the marks belong to the answer.
         answer, closing = closing + answer, ""
     is_open = opening and not closing and EMPHASIS.fullmatch(answer) is None
     return answer.removesuffix(opening) if is_open else answer
 
 
-# --- How numbers are written ---
+# --- Reading numbers ---
 
 
 def last_number(text: str) -> Fraction | None:
-    """The last number of a text, exactly; None where there is none (see `NumericReward`)."""
+    """Return the last number of a text, exactly, or None (see `NumericReward`)."""
 
     def plain_fraction(match: re.Match[str]) -> str:
         return f"{match[1] or ''} {match[2] or match[4]}/{match[3] or match[5]}"
@@ -367,7 +367,7 @@ def _value(match: re.Match[str]) -> Fraction | None:
 
 _SUPERSCRIPT = re.compile("[⁺⁻⁰¹²³⁴-⁹]+")
 _MINUS = str.maketrans({"−": "-", "－": "-", "﹣": "-"})
-# A dash, "negative" or "minus" before a number, where no subtraction or range can be meant.
+# A dash, "negative" or "minus" before a number, unless it can be a subtraction or a range.
 _SIGN = re.compile(
     r"(?:(?<![\w)\]}%])(?<![\d)\]}%]\s)(?<!\b[A-Za-z]\s)–(?=[\d.$€£])|\bnegative\s+(?=[\d.$€£])"
     r"|(?:(?<=^)|(?<=\bis\s)|(?<=\bequals\s)|(?<=[=:]\s)|(?<=[*($]))minus\s+(?=[\d.$€£]))",
@@ -382,7 +382,7 @@ _COMMA = re.compile(r"(?<![\w.,])(?![1-9]\d{0,2},\d{3}(?!\d))(\d+),(\d+)(?!\d|[.
 
 
 def plain_numerals(text: str) -> str:
-    """A text with Unicode's minus, superscripts, fractions and spaces inside numbers in ASCII."""
+    """Replace Unicode minus signs, superscripts, fractions and spaces in numbers with ASCII."""
 
     def power(match: re.Match[str]) -> str:
         return f"^{{{unicodedata.normalize('NFKC', match[0]).translate(_MINUS)}}}"
@@ -398,7 +398,7 @@ def plain_numerals(text: str) -> str:
 
 
 def improper(text: str, form: str = "{}/{}") -> str:
-    """A text with its mixed numbers, such as "1 1/2", as fractions."""
+    """Replace mixed numbers, such as "1 1/2", with fractions."""
 
     def fraction(match: re.Match[str]) -> str:
         whole, above, below = (int(match[i]) for i in (2, 3, 4))
@@ -410,13 +410,13 @@ def improper(text: str, form: str = "{}/{}") -> str:
 
 
 def decimal_commas(text: str) -> str:
-    """A text with decimal points where a comma can be nothing but decimal; see the module."""
+    """Replace commas that can only be decimal with points; see the module."""
     text = _POINTS.sub(lambda match: match[0].replace(".", "").replace(",", "."), text)
     return _COMMA.sub(r"\1.\2", text)
 
 
 def joined_thousands(text: str) -> str:
-    """An answer that is a number with spaces or apostrophes between its thousands, without them."""
+    """Remove spaces or apostrophes between the thousands of a text that is a single number."""
     match = re.fullmatch(
         r"([-+]?\D?\s?)([1-9]\d{0,2}(?:(?: \d{3})+|(?:['’]\d{3})+))([.,]\d+)?(\s?\D?)", text
     )

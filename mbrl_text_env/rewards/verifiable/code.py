@@ -1,4 +1,4 @@
-"""Code that is right as far as tests can tell: the response is a program, and its tests are run."""
+"""A reward for code, which runs the program in a response against the prompt's tests."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from mbrl_text_env.rewards.names import named
 from mbrl_text_env.sandbox import Limits, Program, ProgramResult
 from mbrl_text_env.types import FloatArray, Prompt
 
-# Programs that recurse often start a thread with a stack of 256 MiB, of which they use little.
+# Recursive programs often start a thread with a stack of 256 MiB, and use little of it.
 _LIMITS = Limits(memory_bytes=512 * 2**20)
 
 
 class UnitTestError(ValueError):
-    """A prompt has no tests, malformed ones, or one that cannot be run apart from the solution."""
+    """Raised if a prompt's tests are missing, malformed or cannot run outside the solution."""
 
 
 def _error(prompt: Prompt, expected: str) -> UnitTestError:
@@ -38,48 +38,48 @@ def _error(prompt: Prompt, expected: str) -> UnitTestError:
 @named("unit-tests")
 @dataclass(eq=False)
 class UnitTestReward(RewardModel):
-    """The fraction of its prompt's tests that the program in a response passes, in [0, 1].
+    """The fraction of the prompt's tests that the program in a response passes, in [0, 1].
 
     `prompt.metadata["tests"]` is a list of
 
-    - Python statements such as `"assert add(1, 2) == 3"` (as in MBPP), which pass if they run to
-      their end; or
-    - cases `{"input": "1 2\\n", "output": "3\\n"}` (as in APPS), which pass if the program, given
-      the input as by `python program.py < input`, prints the output and exits with 0. White space
-      at the ends of lines and of the text is ignored. Lists of lines are taken for texts.
+    - Python statements such as `"assert add(1, 2) == 3"` (as in MBPP), which pass if they run
+      without an error; or
+    - cases `{"input": "1 2\\n", "output": "3\\n"}` (as in APPS), which pass if the program, run as
+      `python program.py < input`, prints the output and exits with 0. White space at the ends of
+      lines and of the text is ignored. Input and output can also be lists of lines.
 
-    Optional, for statements: `"test_imports"`, which the solution finds done as well; `"setup"`,
-    which runs between the solution and each test (both a text or a list of texts); and
-    `"entry_point"`, the name, or list of names, of what the solution is asked for, which is needed
-    only if it is also the name of a builtin or of what tests take for granted (`Counter`).
+    Statements have three more optional metadata: `"test_imports"`, which the solution gets as well;
+    `"setup"`, which runs between the solution and each test (both a string or a list of strings);
+    and `"entry_point"`, the name or names that the solution must define, needed only for a name of
+    a builtin or of something that tests use without an import (`Counter`).
 
-    `extract_code` finds the program; of several Python blocks it is the last that defines what the
-    tests ask for, or reads input where there is some. It has the standard library, and integers of
-    any length become texts. For statements it finds the names of `typing`, and a `class Solution`
-    what LeetCode imports. An empty program scores 0, and so does one larger than half of
-    `limits.disk_bytes`. Every test runs in a box of its own.
+    `extract_code` finds the program. Of several Python blocks, it is the last one that defines a
+    name used by the tests, or that reads input if there is input. It can use the standard library,
+    and convert integers of any length to strings. For statements, the names of `typing` are
+    imported, and for a `class Solution` also LeetCode's imports. A program that is empty or larger
+    than half of `limits.disk_bytes` scores 0. Every test runs in its own sandbox.
 
-    The program decides nothing about its own score: a case's output never enters the box, and a
-    statement runs in a process that the solution cannot reach, to which what it says is data.
-    docs/sandbox.md says what is guaranteed and what is not. Tests that run code made from data are
-    refused before anything runs.
+    A program cannot set its own score. A case's output never enters the sandbox. A statement runs
+    in a process that the solution cannot reach and that treats the solution's results as data.
+    docs/sandbox.md lists the guarantees and their limits. Tests that run code made from data are
+    rejected before anything runs.
 
     Sources: Austin et al., "Program Synthesis with Large Language Models", 2021 (MBPP); Hendrycks
     et al., "Measuring Coding Challenge Competence With APPS", NeurIPS 2021. Deviation: they run
     tests and solution in one process.
 
     Args:
-        partial: True for the fraction of tests that pass; False for 1 if all do and else 0.
+        partial: True for the fraction of tests that pass; False for 1 if all pass, otherwise 0.
         limits: The limits of each test; None for `Limits()` with 512 MiB of memory.
-        workers: How many tests run at a time; None for as many as there are processors.
+        workers: Number of tests to run in parallel; None for the number of processors.
         allow_weaker: See `sandbox.run_program`.
-        name: What reports call it.
+        name: Name in reports.
 
     Raises:
-        UnitTestError: When scoring: a prompt, which the message names, has no tests or malformed
-            ones; a test runs code made from data, takes nothing from the solution, or hands the
-            solution what cannot be handed over.
-        SandboxUnavailable: When scoring: this machine cannot shut untrusted code in.
+        UnitTestError: When scoring, if a prompt has no tests or malformed ones, or a test runs code
+            made from data, uses nothing from the solution, or passes the solution an object that
+            cannot be transferred. The message names the prompt.
+        SandboxUnavailable: When scoring, if this machine cannot isolate untrusted code.
 
     Example:
         >>> tests = ["assert add(1, 2) == 3", "assert add(2, 2) == 4"]
@@ -99,16 +99,16 @@ class UnitTestReward(RewardModel):
         self.limits = self.limits or _LIMITS
 
     def applies_to(self, prompt: Prompt) -> bool:
-        """Whether the prompt has tests."""
+        """Return whether the prompt has tests."""
         return bool(prompt.metadata.get("tests"))
 
     def bound(self, prompts: Sequence[Prompt], prefixes: Sequence[str]) -> FloatArray:
-        """Return float64[B], ones: a later block of code may be the program."""
+        """Return float64[B] of ones, since a later code block can be the program."""
         return np.ones(len(prefixes))
 
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> FloatArray:
         """Return float64[B]."""
-        # Every prompt is read before any program is run, and every run is made once.
+        # Check all prompts before running any program, and do not repeat identical runs.
         suites = list(map(_suite, prompts))
         rows = [self._runs(*row) for row in zip(suites, responses, strict=True)]
         wanted = dict.fromkeys(run for row in rows for run in row)
@@ -139,19 +139,19 @@ class UnitTestReward(RewardModel):
 
 @dataclass(frozen=True)
 class _Test:
-    """A case, with the output that it should have, or statements in Python, without one."""
+    """A case with its expected output, or Python statements without one."""
 
-    # What the program reads; of statements, what the judge reads: JSON.
+    # The input of the program, or for statements, the JSON input of the judge.
     input: str
     output: str | None
-    # A pattern of what a program has that can pass.
+    # A pattern that matches programs which can pass.
     marks: str
 
     def program(self, code: str) -> Program:
         if self.output is not None:
             return Program(code, self.input)
         files = {"solution.py": code, "mbrl_text_env/sandbox/_solution.py": _source_of("_solution")}
-        # The orders are for the judge alone.
+        # Only the judge reads the orders.
         return Program(_source_of("_judge"), self.input, files, stdin_path=False)
 
     def passes(self, prompt: Prompt, result: ProgramResult) -> bool:
@@ -163,9 +163,9 @@ class _Test:
         if verdict["verdict"] == "unsupported":
             raise _error(
                 prompt,
-                "its tests to hand the solution plain data, functions, or what the solution has "
-                f"returned, but {verdict['detail']}. Change {json.loads(self.input)['test']!r}, or "
-                "leave out the prompt.",
+                "its tests to pass the solution plain data, functions, or objects that the "
+                f"solution returned, but {verdict['detail']}. Change "
+                f"{json.loads(self.input)['test']!r}, or remove the prompt.",
             )
         return bool(verdict["verdict"] == "passed")
 
@@ -176,7 +176,7 @@ def _source_of(module: str) -> str:
 
 
 def _lines(text: str) -> list[str]:
-    # A mark of byte order is not seen, and is no part of a line.
+    # A byte order mark is invisible and not part of a line.
     return [line.rstrip() for line in text.strip("\ufeff\n\r\t\v\f ").split("\n")]
 
 
@@ -185,13 +185,13 @@ def _suite(prompt: Prompt) -> list[_Test]:
     entry_points = [given] if isinstance(given, str) else given
     if _text(entry_points) is None:
         expected = "metadata['entry_point'] to be a name or a list of names"
-        raise _error(prompt, f"{expected}, got {given!r}. Change it, or leave it out.")
+        raise _error(prompt, f"{expected}, got {given!r}. Change it, or remove it.")
     tests = prompt.metadata.get("tests")
     if not isinstance(tests, list | tuple) or not tests:
         raise _error(
             prompt,
             f"metadata['tests'] to be a list of at least one test, got {tests!r}. Add tests, or "
-            "leave out the prompts for which `UnitTestReward.applies_to(prompt)` is False.",
+            "remove the prompts for which `UnitTestReward.applies_to(prompt)` is False.",
         )
     frame = [_source(prompt, key) for key in ("test_imports", "setup")]
     return [_test(prompt, i, test, frame, entry_points) for i, test in enumerate(tests)]
@@ -208,8 +208,8 @@ def _test(
         except StatementError as error:
             raise _error(
                 prompt,
-                f"tests that use what the solution is asked for and run no code made from data, "
-                f"but {place} {error}. Change the test, or leave out the prompt.",
+                f"tests that use the solution and run no code made from data, "
+                f"but {place} {error}. Change the test, or remove the prompt.",
             ) from error
     if isinstance(test, Mapping) and test.keys() == {"input", "output"}:
         given, output = _text(test["input"]), _text(test["output"])
@@ -224,8 +224,8 @@ def _statement(test: str, imports: str, setup: str, entry_points: Sequence[str])
     solution, granted = names_of([imports, setup, test], entry_points)
     if not solution:
         raise StatementError(
-            "takes nothing from it but what has the name of one of Python's own (say so in "
-            "metadata['entry_point'])"
+            "takes nothing from it except builtin names (if the solution defines one of them, "
+            "name it in metadata['entry_point'])"
         )
     orders = {
         "imports": f"{granted}\n{imports}",
@@ -251,8 +251,8 @@ def _source(prompt: Prompt, key: str) -> str:
     value = prompt.metadata.get(key) or ""
     source = _text(value)
     if source is None:
-        expected = f"metadata[{key!r}] to be Python statements, a text or a list of texts"
-        raise _error(prompt, f"{expected}, got {value!r}. Change it, or leave it out.")
+        expected = f"metadata[{key!r}] to be Python statements, a string or a list of strings"
+        raise _error(prompt, f"{expected}, got {value!r}. Change it, or remove it.")
     _check_syntax(prompt, f"metadata[{key!r}]", source)
     return source
 
@@ -265,9 +265,9 @@ def _check_syntax(prompt: Prompt, place: str, source: str) -> None:
         raise _error(prompt, what) from error
 
 
-# --- Which names a test takes from the solution; this follows from the tests alone ---
+# --- The names that a test takes from the solution, which depend only on the tests ---
 
-# Names that tests and signatures use as if they were builtins, by their modules.
+# Names that tests and signatures use without an import, and their modules.
 _TYPING = (
     "Any", "Callable", "Dict", "FrozenSet", "Generator", "Iterable", "Iterator", "List", "Literal",
     "Mapping", "NamedTuple", "Optional", "Sequence", "Set", "Tuple", "Type", "TypeVar", "Union",
@@ -282,7 +282,7 @@ _MODULES = (
     "bisect", "collections", "copy", "datetime", "decimal", "fractions", "functools", "heapq",
     "itertools", "json", "math", "operator", "os", "random", "re", "statistics", "string", "sys",
 )  # fmt: skip
-# What the sites that ask for a `class Solution` put before it.
+# The imports that sites with a `class Solution` add before it.
 _PREAMBLE = (
     *(f"import {module}" for module in _MODULES),
     *(f"from {module} import *" for module in (
@@ -299,22 +299,22 @@ _RUN_MODULES = frozenset(
 _PYTHON = frozenset(
     name
     for name, value in vars(builtins).items()
-    # Not what `site` and interactive shells add.
+    # Exclude names added by `site` and interactive shells.
     if isinstance(value, type | types.BuiltinFunctionType) or name in ("exit", "quit")
 )
 
 
 class StatementError(ValueError):
-    """The test runs code that is made from data, or takes nothing from the solution."""
+    """Raised if a test runs code made from data, or takes nothing from the solution."""
 
 
 def names_of(parts: Sequence[str], entry_points: Sequence[str]) -> tuple[set[str], str]:
-    """Tell the names of a test (imports, setup, test) that are the solution's from others.
+    """Find the names that a test (imports, setup, test) takes from the solution.
 
-    Names that the parts define or import are their own. Of the rest, the entry points ("f",
-    "Solution().f") are the solution's, and so is every name that is neither a builtin nor taken for
-    granted (`List`, `Counter`, `math.` and the like). Returned are the solution's names, and the
-    imports of what is taken for granted.
+    Names that the parts define or import are not the solution's. Of the other names, the entry
+    points ("f", "Solution().f") are the solution's, and so is every name that is neither a builtin
+    nor commonly used without an import (`List`, `Counter`, `math.` and so on). Return the
+    solution's names, and import statements for the names used without an import.
 
     Example:
         >>> names_of(["", "", "assert math.isclose(solve(2), 1.41, rel_tol=0.1)"], [])
@@ -336,7 +336,7 @@ def names_of(parts: Sequence[str], entry_points: Sequence[str]) -> tuple[set[str
 
 
 def _granted(imports: str, is_class: bool) -> list[str]:
-    """Imports that a solution finds done: the test's, those of types, and a site's preamble."""
+    """Return the imports of a solution: those of the test, of `typing`, and a site's preamble."""
     body = _parsed(imports).body
     own = [ast.unparse(each) for each in body if isinstance(each, ast.Import | ast.ImportFrom)]
     return [*(_PREAMBLE if is_class else ()), f"from typing import {', '.join(_TYPING)}", *own]
@@ -347,12 +347,12 @@ def _parsed(source: str) -> ast.Module:
 
 
 def _short(source: str) -> str:
-    # This interpreter refuses long integers, and their value does not matter here.
+    # Python rejects long integers, and their value does not matter here.
     return re.sub(r"\d{4000,}", "1", source)
 
 
 def _globals(source: str) -> Iterator[tuple[str, bool]]:
-    """The names of the module's own scope, each with whether it is bound there."""
+    """Yield the global names of a module, each with whether it is bound there."""
     top = symtable.symtable(_short(source), "<test>", "exec")
     tables = [top]
     while tables:
@@ -368,7 +368,7 @@ def _globals(source: str) -> Iterator[tuple[str, bool]]:
 
 
 def _modules(parts: Sequence[str]) -> set[str]:
-    """Modules of which the test uses nothing but attributes that they have."""
+    """Return the modules of which the test uses only existing attributes."""
     attributes: dict[str, set[str]] = {}
     bare: set[str] = set()
     for part in parts:
@@ -395,24 +395,24 @@ def _refuse_code_of_data(parts: Sequence[str], used: set[str]) -> None:
     if found:
         what = ", ".join(sorted(found))
         raise StatementError(
-            f"or what belongs to it has {what}, which would run what the solution says in the "
-            "process that judges"
+            f"or its imports or setup use {what}, which could run the solution's data as code in "
+            "the process of the tests"
         )
 
 
 # --- The program in a response ---
 
-# What may stand before a fence: white space, marks of quotes, and those of an item of a list.
+# Text allowed before a fence: white space, quote markers and list markers.
 _FENCE = re.compile(r"((?:[ \t]|>|[-*+][ \t]|\d{1,9}[.)][ \t])*)(`{3,}|~{3,})(.*)", re.DOTALL)
 
 
 def extract_code(response: str, marks: str = "") -> str:
-    """The program in a response.
+    """Return the program in a response.
 
-    It is the last fenced block marked as Python, else the last fenced block, else the whole
-    response. A block may be indented, quoted, or belong to an item of a list; one that is not
-    closed goes to the end. Of several, the last with a match of the pattern `marks` comes first: an
-    example of its use, which often comes after the program, is not taken for it.
+    It is the last fenced block marked as Python, otherwise the last fenced block, otherwise the
+    whole response. A block can be indented, quoted, or inside a list item; an unclosed block ends
+    with the response. If several blocks qualify, the last one that matches the pattern `marks` is
+    used, because the program is often followed by an example of its use.
 
     Example:
         >>> extract_code("Thus:\\n```python\\nprint(1)\\n```\\nIt prints 1.")
@@ -430,10 +430,10 @@ def extract_code(response: str, marks: str = "") -> str:
                 blocks[-1][1].append(text)
         elif (match := _FENCE.match(line)) is not None:
             prefix, fence, language = match.groups()
-            # A line such as ```x = 1``` is inline code, and no fence.
+            # A line such as ```x = 1``` is inline code, not a fence.
             if fence[0] not in language:
                 open_fence = fence
-                # The marks of the quotes that the block stands in: a response can have thousands.
+                # The quote markers before the block; a response can have thousands of them.
                 quotes = rf"\A(?:[ \t]*+>[ \t]?){{0,{prefix.count('>')}}}"
                 blocks.append(((language.lower().split() or [""])[0], []))
     python = [block for block in blocks if block[0] in ("python", "python3", "py", "{.python}")]
@@ -443,7 +443,7 @@ def extract_code(response: str, marks: str = "") -> str:
 
 
 def _outdented(lines: Sequence[str]) -> Iterator[str]:
-    """The lines, less what the first one is indented by: no program begins so."""
+    """Yield the lines without the indentation of the first line."""
     first = next((line for line in lines if line.strip()), "")
     indent = first[: len(first) - len(first.lstrip(" \t"))]
     return (line.removeprefix(indent) for line in lines)

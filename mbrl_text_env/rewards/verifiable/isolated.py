@@ -1,13 +1,12 @@
-"""A helper process for work on untrusted text that may hang, explode or run away with the memory.
+"""A helper process for work on untrusted text that can hang, crash or use too much memory.
 
-Neither can a thread be killed, nor reach signals more than the main one. So computer algebra, and
-scorers that evaluate what they are given, run in a process that is started at the first call,
-serves all calls in turn, and is killed at the end of a call's time and replaced.
+Python threads cannot be killed, and signals reach only the main thread. So computer algebra, and
+scorers that evaluate their input, run in a process. It starts at the first call and serves all
+calls in turn. If a call exceeds its time limit, the process is killed and replaced.
 
-The two talk in lines of JSON: a helper that has been taken over could still only return a wrong
-answer. It sees none of the environment variables but those that Python needs, writes no files, and
-has a limit of memory (the last two on POSIX). It is no sandbox all the same: callers refuse text
-that would be executed.
+Requests and replies are lines of JSON, so a compromised helper can at most return a wrong answer.
+The helper gets only the environment variables that Python needs. On POSIX, it cannot write files
+and has a memory limit. It is not a sandbox: callers must reject text that would be executed.
 """
 
 from __future__ import annotations
@@ -26,39 +25,39 @@ from typing import Any
 
 from mbrl_text_env.rewards.base import RewardError
 
-# For starting Python and importing a library, on a busy machine too.
+# Enough to start Python and import a library, even on a busy machine.
 _PREPARE_SECONDS = 120.0
 _MEMORY_BYTES = 4 * 2**30
 _ENVIRONMENT = ("PATH", "SYSTEMROOT", "LANG", "LC_ALL", "TMPDIR", "TEMP", "TMP")
 
 
 class IsolatedError(RuntimeError):
-    """The work raised in the helper process: the error's type and text."""
+    """Raised if the work fails in the helper process; has the error's type and text."""
 
 
 class OutOfTimeError(IsolatedError):
-    """The work took longer than its limit, and its process was killed."""
+    """Raised if the work exceeds its time limit; the process is killed."""
 
 
 class CrashError(IsolatedError):
-    """The process died of the work."""
+    """Raised if the process ends during the work."""
 
 
 def call_isolated(function: str, *arguments: Any, seconds: float, prepare: Sequence[Any]) -> Any:
-    """Call a function of the package in the helper process; JSON values come in and out.
+    """Call a function in the helper process; arguments and result are JSON values.
 
     Args:
         function: `"module:name"`.
         *arguments: Its arguments.
-        seconds: The wall-clock time that it may take.
-        prepare: `"module:name"` of a function, and its arguments, which is called before, outside
-            the time limit: it imports the heavy library, or makes what is the same for many calls,
-            and has to keep it in a cache.
+        seconds: Wall-clock time limit of the call.
+        prepare: `"module:name"` of another function, and its arguments. It is called first, outside
+            the time limit, to import a slow library or to compute a result shared by many calls,
+            which it must cache.
 
     Raises:
-        IsolatedError: The function raised, took longer (`OutOfTimeError`), or the process ended,
-            for want of memory for example (`CrashError`).
-        RewardError: `prepare` raised: the work cannot be done here at all.
+        IsolatedError: The function raised or exceeded its time limit (`OutOfTimeError`), or the
+            process ended, for example because it ran out of memory (`CrashError`).
+        RewardError: `prepare` raised, so this work is not possible on this machine.
 
     Example:
         >>> call_isolated("math:factorial", 5, seconds=5.0, prepare=["os:getpid"])  # doctest: +SKIP
@@ -79,7 +78,7 @@ class _Helper:
     def __init__(self) -> None:
         paths = [os.path.abspath(path) for path in sys.path]  # noqa: PTH100 - "" is the folder
         kept = {key: os.environ[key] for key in _ENVIRONMENT if key in os.environ}
-        # Sets in the same order in every run; one thread, whose stack counts as memory.
+        # The same order of sets in every run; one thread, because thread stacks use memory.
         fixed = {"PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
         self.process = subprocess.Popen(  # noqa: S603 - this module, and no shell
             [sys.executable, "-B", "-m", __name__],
@@ -88,7 +87,7 @@ class _Helper:
             stderr=subprocess.DEVNULL,
             cwd=tempfile.gettempdir(),
             env={**kept, **fixed, "PYTHONPATH": os.pathsep.join(paths)},
-            # Ctrl-C is for the caller, which then kills this one.
+            # Ctrl-C goes to the caller only, which then kills this process.
             start_new_session=True,
         )
 
@@ -104,7 +103,7 @@ class _Helper:
         try:
             reply = self._exchange({"function": function, "arguments": arguments})
         except BaseException:
-            # Interrupted between question and answer, it would answer the next question wrongly.
+            # After an interrupted exchange, the next reply would belong to the wrong request.
             self.kill()
             raise
         finally:
@@ -134,7 +133,7 @@ class _Helper:
         self.process.kill()
         code = self.process.wait()
         for pipe in (self.process.stdin, self.process.stdout):
-            # What could not be sent to a dead process is lost.
+            # Closing flushes data, which fails if the process has ended.
             with contextlib.suppress(OSError):
                 if pipe is not None:
                     pipe.close()
@@ -152,7 +151,7 @@ def _stop() -> None:
 
 
 def _forget() -> None:
-    """A forked process makes a helper of its own: two that share one would mix up its answers."""
+    """Let a forked process start its own helper, so replies are not mixed up."""
     global _helper, _lock
     _helper, _lock = None, threading.Lock()
 
@@ -162,8 +161,8 @@ if hasattr(os, "register_at_fork"):
 
 
 def _serve() -> None:
-    """The helper's side: answer requests until there are no more."""
-    # Out of the reach of code that prints or reads its standard streams.
+    """Answer requests until there are no more; runs in the helper process."""
+    # Keep the streams away from code that prints to stdout or reads stdin.
     requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     nothing = os.open(os.devnull, os.O_RDWR)
     os.dup2(nothing, 0)
@@ -181,7 +180,7 @@ def _answer(function: str, arguments: list[Any]) -> dict[str, Any]:
         json.dumps(value)
     except RewardError as error:
         return {"error": str(error)}
-    # Whatever the work raises is the caller's to judge; KeyboardInterrupt and the like too.
+    # The caller handles all errors of the work, including KeyboardInterrupt.
     except BaseException as error:
         return {"error": f"{type(error).__name__}: {str(error)[:500]}"}
     return {"value": value}
@@ -196,7 +195,7 @@ def _limit_resources() -> None:
     for kind, most in limits.items():
         hard = resource.getrlimit(kind)[1]
         limit = most if hard == resource.RLIM_INFINITY else min(most, hard)
-        # macOS has no limit of memory to set.
+        # macOS does not support a memory limit.
         with contextlib.suppress(ValueError, OSError):
             resource.setrlimit(kind, (limit, limit))
 

@@ -1,10 +1,10 @@
-r"""Answers that are mathematically right or wrong, by math-verify, and what is given to it to read.
+r"""A reward for mathematical answers, checked by math-verify, and the preparation of its input.
 
-math-verify finds the last formula or number in prose. So prose is left to it, while an answer that
-is a formula as a whole is put between dollars, for only then is all of it read.
+math-verify finds the last formula or number in prose, so prose is passed on unchanged. An answer
+that is one formula is put between dollar signs, because only then math-verify reads all of it.
 """
 
-# ruff: noqa: RUF001 - the signs of other scripts are meant.
+# ruff: noqa: RUF001 - characters of other scripts are intended.
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from mbrl_text_env.rewards.verifiable.answers import (
 from mbrl_text_env.rewards.verifiable.isolated import IsolatedError, call_isolated
 from mbrl_text_env.types import Prompt
 
-# Parts of their size by which two numbers may differ: one of them with a point, or both exact.
+# Relative tolerances: if one of the numbers has a decimal point, and if both are exact.
 _FLOAT_TOLERANCE = 1e-5
 _EXACT_TOLERANCE = 1e-12
 _INTERVAL = re.compile(r"\[[^\[\]]*[\])]|\([^()]*\]|\\infty|∞")
@@ -39,35 +39,35 @@ _HERE = "mbrl_text_env.rewards.verifiable.mathematics"
 @named("math")
 @dataclass(eq=False)
 class MathReward(AnswerReward):
-    r"""1 if the answer is mathematically the reference answer, else 0, by math-verify.
+    r"""1 if the answer is mathematically equal to the reference answer, otherwise 0.
 
-    LaTeX (`\frac{1}{2}`, with or without `$`), plain expressions (`x**2 + 1`, `sqrt(2)`; variables
-    are single letters), sets, intervals, matrices, equations and numbers are compared as
-    `math_verify.verify` does; numbers with a point to six decimals and in parts of their size
-    (1e-5), exact ones exactly. Without `extract`, math-verify looks for the answer in prose by
-    itself. An answer that is a formula is read as a whole or not at all, without emphasis, a label
-    ("Answer:"), currencies, and full stops around it. Where a response can mean two things, either
-    counts: "73!" is a factorial or an exclamation, "- 73" a number or an item of a list.
+    `math_verify.verify` compares LaTeX (`\frac{1}{2}`, with or without `$`), plain expressions
+    (`x**2 + 1`, `sqrt(2)`; variables are single letters), sets, intervals, matrices, equations and
+    numbers. Decimals must agree to six decimal places and within a relative tolerance of 1e-5;
+    exact numbers must be equal. Without `extract`, math-verify finds the answer in prose. An answer
+    that is a formula is read completely or not at all; emphasis, a label ("Answer:"), currencies
+    and full stops around it are removed. If a response is ambiguous, both readings count: "73!" is
+    a factorial or an exclamation, "- 73" a number or a list item.
 
-    A reference answer that would be read in part ("18 apples and 5 pears") is refused. It is a
-    formula, several joined by "and" or "or" (all of which the response has to have, in any order),
-    one in `\boxed`, or a number with its unit.
+    A reference answer must be a formula, several formulas joined by "and" or "or" (the response
+    needs all of them, in any order), one formula in `\boxed`, or a number with its unit. One that
+    could be read only in part ("18 apples and 5 pears") is an error.
 
-    Algebra on a text such as `9^{9^{9^9}}` does not end. So it is done in a process that is killed
-    after `seconds` (`rewards.verifiable.isolated`), with a limit of memory; a response that exceeds
-    either scores 0.
+    Algebra on a text such as `9^{9^{9^9}}` never ends. The comparison therefore runs in a process
+    with a memory limit that is killed after `seconds` (`rewards.verifiable.isolated`). A response
+    that exceeds a limit scores 0.
 
     Source: math-verify, https://github.com/huggingface/Math-Verify. Deviations: expressions without
-    LaTeX and without words are read as LaTeX too; it takes numbers below 1e-6 for equal, and what
-    it can read of a formula for all of it.
+    LaTeX and without words are also read as LaTeX; math-verify alone treats all numbers below 1e-6
+    as equal, and accepts formulas that it can read only in part.
 
     Args:
-        extract: Where in the response the answer stands; see `rewards.verifiable.answers`.
-        seconds: Wall-clock time that one comparison may take.
+        extract: How to find the answer in the response; see `rewards.verifiable.answers`.
+        seconds: Wall-clock time limit per comparison.
 
     Raises:
-        RewardError: When scoring: the extra `verify` is not installed, or a prompt, which the
-            message names, has no reference answer, or one that cannot be read and compared.
+        RewardError: When scoring, if the extra `verify` is not installed, or a prompt has no usable
+            reference answer. The message names the prompt.
 
     Example:
         >>> prompt = Prompt.from_text("Half of x + 1?", metadata={"reference_answer": "(x+1)/2"})
@@ -96,13 +96,13 @@ class MathReward(AnswerReward):
         try:
             return float(answer is not None and _graded(accepted, answer, self.seconds))
         except IsolatedError:
-            # With the reference answers it went well: the response is at fault.
+            # The reference answers passed the check, so the response is at fault.
             return 0.0
 
 
 @lru_cache(maxsize=10_000)
 def _check_reference(reference: str, seconds: float) -> None:
-    """Raise unless an answer is equal to itself, and can be compared with some number in time."""
+    """Raise unless an answer equals itself and can be compared with a number within the limit."""
     if not _graded([reference], reference, seconds):
         raise IsolatedError("nothing mathematical was found in it")
     _graded([reference], "12345.678", seconds)
@@ -118,29 +118,29 @@ def _graded(accepted: list[str], answer: str, seconds: float) -> bool:
 
 @lru_cache(maxsize=1)
 def load_math_verify() -> None:
-    """Import math-verify and make a first comparison, which takes longer."""
+    """Import math-verify and make a first comparison, which is slower than later ones."""
     optional("math_verify", RewardError)
     grade(["x/2"], "$0.5 x$")
 
 
 def grade(accepted: list[str], answer: str) -> bool:
-    """Whether math-verify finds an answer equal to an accepted one, which it has to read wholly."""
+    """Return whether math-verify finds an answer equal to an accepted one."""
     from math_verify import verify
 
     _compare_by_size()
     golds = {text: _parsed(reference_reading(text)) for text in accepted}
     unread = [text for text, gold in golds.items() if not gold]
     if unread:
-        raise ValueError(f"nothing mathematical was found in it, or in a part of it: {unread[0]!r}")
+        raise ValueError(f"nothing mathematical was found in (a part of) the answer {unread[0]!r}")
     return any(
-        # Else "10:30" would be a third.
+        # Otherwise "10:30" would be a third.
         clock_time(answer) == clock_time(text)
         if re.fullmatch(r"[\d: ]+", text) and clock_time(text)
         else verify(
             gold,
             _parsed(reading),
             timeout_seconds=None,
-            # "(1, 2)" may be a point, and then "1 < x < 2" is not it.
+            # "(1, 2)" can be a point, which "1 < x < 2" does not equal.
             allow_set_relation_comp=_INTERVAL.search(text) is not None,
         )
         for text, gold in golds.items()
@@ -149,7 +149,7 @@ def grade(accepted: list[str], answer: str) -> bool:
 
 
 def _parsed(text: str | None) -> list[Any]:
-    """What math-verify reads; of a formula that is one as a whole, all or nothing."""
+    """Return what math-verify parses; a text that is one formula is parsed completely or not."""
     from math_verify import LatexExtractionConfig, parse
 
     if text is None:
@@ -162,7 +162,7 @@ def _parsed(text: str | None) -> list[Any]:
 
 @lru_cache(maxsize=1)
 def _compare_by_size() -> None:
-    """Let math-verify compare numbers relative to their size, wherever they stand."""
+    """Make math-verify compare all numbers, also inside formulas, with a relative tolerance."""
     from math_verify import grader
 
     plain = grader.sympy_numeric_eq
@@ -174,21 +174,21 @@ def _compare_by_size() -> None:
 
 
 def _is_close(a: Any, b: Any) -> bool:
-    """Whether two expressions, equal to some decimals, are equal in parts of their size."""
+    """Return whether two expressions are equal within a relative tolerance."""
     from math_verify.grader import Float, MatrixBase, Rational, get_pct_val
 
     if isinstance(a, MatrixBase) or isinstance(b, MatrixBase):
-        # Their elements were compared one by one.
+        # Their elements have been compared one by one.
         return True
     tolerance = _FLOAT_TOLERANCE if a.has(Float) or b.has(Float) else _EXACT_TOLERANCE
     symbols = sorted(a.free_symbols | b.free_symbols, key=str)
-    # Somewhere that nothing vanishes.
+    # Values at which no term is likely to vanish.
     place = {symbol: Rational(137 + 10 * i, 100) for i, symbol in enumerate(symbols)}
     for x, y in ((a, b), (get_pct_val(a, a), get_pct_val(b, b))):
         try:
             u, v = (_evaluated(each.doit().subs(place)) for each in (x, y))
         except (TypeError, ValueError, AttributeError):
-            # No numbers: math-verify's word for it.
+            # Not numbers, so math-verify's result stands.
             return True
         if abs(u - v) <= tolerance * max(abs(u), abs(v)):
             return True
@@ -202,9 +202,9 @@ def _evaluated(expression: Any) -> Any:
     return number
 
 
-# --- What a text may mean as a formula ---
+# --- Possible readings of a text as a formula ---
 
-# Reading a formula takes more than linear time; an answer is not longer.
+# Reading a formula takes more than linear time, and answers are not longer.
 _MAX_FORMULA = 1000
 _DELIMITED = re.compile(r"\$|\\[(\[]|\\boxed")
 _SPAN = re.compile(r"\$\$.+?\$\$|(?<!\\)\$.+?(?<!\\)\$|\\\(.+?\\\)|\\\[.+?\\\]", re.DOTALL)
@@ -225,7 +225,7 @@ _LABEL = re.compile(
 _MONEY = re.compile(
     rf"(-?)[{re.escape(CURRENCIES)}]\s?(-?[\d.,' ]*\d)|(-?\d[\d.,' ]*)\s?[{re.escape(CURRENCIES)}]"
 )
-# Tags, commands and spaces that change how a formula looks and not what it says.
+# Tags, commands and spaces that change only the appearance of a formula.
 _LOOKS = re.compile(
     r"</?(?:b|strong|em|i|u|mark)>|\\(?:underline|boldsymbol|bm|pmb|bf|displaystyle)(?![A-Za-z])"
     r"|(?:(?<!\\)\\+|\\quad|\\,|~)\s*(?=\$*$)"
@@ -245,14 +245,14 @@ _SPELLED = re.compile(rf"(?:(?:{_ONES}|and)[\s-]+)+\(([^()]+)\)", re.IGNORECASE)
 _LISTED = re.compile(r"\s*,?\s*(?:\\text\{\s*(?:and|or)\s*\}|\b(?:and|or)\b)\s*|\s*;\s*")
 _DIGITS = re.compile(r"[-+]?[\d.,]*\d")
 _NUMBER = r"-?\d(?:[\d.,'’]|(?<=\d) (?=\d{3}))*(?:/\d+)?"
-# Nothing that computes: no letters, operators, relations or percent.
+# The marks have no mathematical meaning: no letters, operators, relations or percent signs.
 _NUMBER_IN_MARKS = re.compile(rf"[=≈~→⇒#✅\s\"'“‘*_]*({_NUMBER})[;,:?✓✔✅\s\"'”’*_]*")
 _UNIT = r"(?:[kcmdn]?m|s|h|[km]?g|[mdc]?[lL]|[kM]?[WJN]|V|A|K|Hz)(?:\^\{?[23]\}?)?"
 _MEASURE = re.compile(rf"({_NUMBER}) ?{_UNIT}(?:/{_UNIT})?")
 _QUANTITY = re.compile(
     rf"[-+]?[{re.escape(CURRENCIES)}]?\s?([\d.,/ ]*\d)\s*%?((?:\s*[^\W\d_.]+\.?){{0,2}})"
 )
-# Words that say more of a number than its unit.
+# Words that change the meaning of a number, unlike its unit.
 _QUALIFIERS = (
     "and or to between through than least most not no over under above below about around up down "
     "more less fewer but plus minus times either neither nor per cent percent dozen hundred "
@@ -271,9 +271,9 @@ _ROOT = re.compile(r"√\s*(\d+|[A-Za-z]|\([^()]*\))")
 
 
 def readings(answer: str, symbols: frozenset[str] = frozenset()) -> list[str]:
-    r"""What an answer may mean, as texts for math-verify, the likeliest first.
+    r"""Return the possible readings of an answer as texts for math-verify, the likeliest first.
 
-    `symbols` are variables in what it is compared with: "xy" is then their product.
+    `symbols` are the variables of the reference answer; if it has x and y, "xy" is their product.
 
     Example:
         >>> readings("**€1 000.5**"), readings("So it is 7.")
@@ -298,9 +298,9 @@ def readings(answer: str, symbols: frozenset[str] = frozenset()) -> list[str]:
 
 
 def reference_reading(reference: str) -> str | None:
-    r"""What a reference answer means, as a text for math-verify; None where a part would be lost.
+    r"""Return a reference answer as a text for math-verify, or None if a part would be lost.
 
-    A comma is never decimal in it, but separates thousands or the elements of a list.
+    A comma in it separates thousands or list elements and is never a decimal comma.
     """
     text = _unboxed(reference)
     formula = _formula(text, frozenset())
@@ -316,13 +316,13 @@ def reference_reading(reference: str) -> str | None:
 
 
 def clock_time(text: str) -> tuple[int, ...] | None:
-    """The last time of day in a text ("10:30", "09:05:00"); None where there is none."""
+    """Return the last time of day in a text ("10:30", "09:05:00"), or None."""
     found = _CLOCK.findall(text)
     return tuple(map(int, re.findall(r"\d+", found[-1]))) if found else None
 
 
 def symbols_of(reference: str) -> frozenset[str]:
-    """The letters of a reference answer that stand for variables, as far as can be seen."""
+    """Return the letters of a reference answer that are probably variables."""
     bare = _SPAN.sub(lambda match: match[0].strip("$"), reference)
     return frozenset(re.findall(r"(?<![A-Za-z\\{])[A-Za-z](?![A-Za-z])", bare))
 
@@ -334,7 +334,7 @@ def _unboxed(text: str) -> str:
 
 
 def _plain(text: str) -> str:
-    """Without a label, emphasis, other looks and a full stop around it."""
+    """Remove a label, emphasis, other formatting and a full stop around a text."""
     text = _LOOKS.sub("", plain_numerals(text).strip()).strip()
     for _ in range(3):
         match = EMPHASIS.fullmatch(text)
@@ -342,7 +342,7 @@ def _plain(text: str) -> str:
         label = _LABEL.match(text)
         rest = text[label.end() :] if label else ""
         text = (rest or text).strip().removesuffix(".").removesuffix("。").strip()
-        # The label took the first mark of a pair.
+        # The label included the first mark of a pair.
         text = re.sub(r"(?<=[^*_\s])[*_]+$", "", text) if rest else text
         span = _SPAN.fullmatch(text)
         inside = _DELIMITERS.sub("", text) if span else text
@@ -354,11 +354,11 @@ def _plain(text: str) -> str:
 
 
 def _formula(text: str, symbols: frozenset[str]) -> str | None:
-    """A text that is a formula as a whole, its money and thousands as plain numbers; else None."""
+    """Return a text that is one formula, with plain numbers for money and thousands, or None."""
     parts = [part for part in _LISTED.split(text) if part]
     if len(parts) > 1 and r"\begin" not in text:
         formulas = [_formula(part, symbols) for part in parts[:7]]
-        # math-verify joins up to six.
+        # math-verify joins at most six formulas.
         if len(parts) > 6 or None in formulas:
             return None
         return "$ and $".join(map(str, formulas))
@@ -376,7 +376,7 @@ def _formula(text: str, symbols: frozenset[str]) -> str | None:
 
 
 def _is_product(match: re.Match[str], text: str, symbols: frozenset[str]) -> bool:
-    """Whether letters side by side are variables, not a word."""
+    """Return whether adjacent letters are a product of variables, not a word."""
     if set(match[0]) <= symbols:
         return True
     beside = text[max(0, match.start() - 1) : match.start()] + text[match.end() : match.end() + 1]
@@ -385,7 +385,7 @@ def _is_product(match: re.Match[str], text: str, symbols: frozenset[str]) -> boo
 
 
 def _is_covered(text: str) -> bool:
-    """Whether a text is formulas between delimiters, joined by words, or one with a unit."""
+    """Return whether a text is delimited formulas joined by words, or one formula with a unit."""
     spans = len(_SPAN.findall(text))
     rest = _SPAN.sub(" | ", text).strip(" .")
     if spans == 1 and r"\boxed" not in text:
@@ -395,7 +395,7 @@ def _is_covered(text: str) -> bool:
 
 
 def _latex(formula: str) -> str:
-    """A formula (or several with "$ and $" between them) in LaTeX, between dollars."""
+    """Return a formula (or several joined by "$ and $") in LaTeX, between dollar signs."""
     formula = improper(formula, r"\frac{{{}}}{{{}}}")
     formula = _TIMES_TEN.sub(r" \\times ", formula)
     formula = _POWER_OF_TEN.sub(r"\1 \\cdot 10^{\2}", formula)

@@ -1,8 +1,8 @@
-"""The beginnings of JSON texts: what of the value is settled, whatever follows.
+"""Parse prefixes of JSON texts, to find the parts of the value that no continuation can change.
 
-A prefix is closed in the few ways in which a JSON text can go on, and the parser of complete texts
-says whether one of them is JSON: nothing is refused that it accepts. In the value that it reads,
-what goes on is marked as `Unfinished`; this is the path from the root to the end of the text.
+A prefix is completed in the few ways in which a JSON text can continue, and the standard parser
+checks whether one of them is JSON. So every prefix of a text that the parser accepts is accepted.
+Values on the path from the root to the end of the prefix are marked as `Unfinished`.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from typing import Any
 from mbrl_text_env.files import refuse_constant
 
 MAX_DEPTH = 100
-"""JSON that is nested deeper counts as not parsed, wherever the parser itself gives up."""
+"""JSON that is nested deeper is rejected, whatever the limit of the parser."""
 
 _TOKEN = re.compile(r'"(?:[^"\\]|\\.)*("?)|[][{}]', re.DOTALL)
 _REST_OF_STRING = ('"', '\\"', '0"', '00"', '000"', '0000"')
-# The rest of a name comes with a value.
+# The rest of a name includes a value.
 _REST = {
     True: (*_REST_OF_STRING, *(f"{rest}:0" for rest in _REST_OF_STRING)),
     False: (
@@ -34,25 +34,25 @@ _REST = {
 
 
 class Unfinished:
-    """A value that goes on; by itself one of which nothing is known."""
+    """An unfinished value; the base class is used if nothing is known about it."""
 
 
 class UnfinishedObject(Unfinished, dict[str, Any]):
-    """An object with the members whose names are complete, and the beginning of one that is not."""
+    """An unfinished object: members with complete names, and the prefix of an incomplete `name`."""
 
     name: str | None = None
 
 
 class UnfinishedArray(Unfinished, list[Any]):
-    """An array with the elements that have begun."""
+    """An unfinished array with the elements so far; the last one can be unfinished."""
 
 
 class UnfinishedString(Unfinished, str):
-    """The beginning of a string."""
+    """The prefix of a string."""
 
 
 class UnfinishedNumber(Unfinished, float):
-    """A number that may have more digits: any number."""
+    """A number that can get more digits, so it can become any number."""
 
 
 class _Members(list[tuple[str, Any]]):
@@ -60,7 +60,7 @@ class _Members(list[tuple[str, Any]]):
 
 
 def is_json(text: str, unique_names: bool = False) -> bool:
-    """Whether a text is JSON, and, if so wanted, no object in it has two members of one name."""
+    """Return whether a text is JSON, optionally without duplicate names in its objects."""
     try:
         value = _parsed(text, unique_names)
     except (ValueError, RecursionError):
@@ -73,7 +73,7 @@ def is_json(text: str, unique_names: bool = False) -> bool:
 
 
 def unclosed(text: str) -> tuple[str, bool]:
-    """What closes the brackets that are open at the end of a text, and whether a string is open."""
+    """Return the closing brackets that a text lacks, and whether it ends inside a string."""
     closing, in_string = "", False
     for token in _TOKEN.finditer(text):
         if token[0] in ("[", "{"):
@@ -86,10 +86,10 @@ def unclosed(text: str) -> tuple[str, bool]:
 
 
 def unfinished_json(text: str, unique_names: bool = False) -> Any:
-    """The value of a text that may go on; a ValueError if no JSON begins so.
+    """Return the value of a prefix; raise `ValueError` if no JSON text starts with it.
 
-    Unless names are unique, a member that follows may replace one before: in an object that goes
-    on, no value is settled then.
+    Unless names must be unique, a later member can replace an earlier one, so no value in an
+    unfinished object is final.
 
     Example:
         >>> unfinished_json('[true, "gre')
@@ -101,7 +101,7 @@ def unfinished_json(text: str, unique_names: bool = False) -> Any:
         if is_json(whole):
             value = json.loads(whole, parse_constant=refuse_constant, object_pairs_hook=_Members)
             return _marked(value, len(closing), (text, rest, in_string), unique_names)
-    raise ValueError(f"expected the beginning of JSON, got {text[:80]!r}")
+    raise ValueError(f"expected a prefix of JSON, got {text[:80]!r}")
 
 
 def _parsed(text: str, unique_names: bool) -> Any:
@@ -110,7 +110,7 @@ def _parsed(text: str, unique_names: bool) -> Any:
 
 
 def _settled(value: Any, unique_names: bool) -> Any:
-    """A complete value, in plain types."""
+    """Convert a complete value to plain types."""
     if isinstance(value, _Members):
         _check_names([name for name, _ in value], unique_names)
         return {name: _settled(each, unique_names) for name, each in value}
@@ -119,11 +119,11 @@ def _settled(value: Any, unique_names: bool) -> Any:
 
 def _check_names(names: Sequence[str], unique: bool) -> None:
     if unique and len(set(names)) < len(names):
-        raise ValueError(f"expected different names, got {names}")
+        raise ValueError(f"expected unique names, got {names}")
 
 
 def _marked(value: Any, levels: int, ending: tuple[str, str, bool], unique_names: bool) -> Any:
-    """A value with so many levels that go on."""
+    """Mark the last value on each of the outermost `levels` as unfinished."""
     if levels == 0:
         return _last(_settled(value, unique_names), *ending)
     if isinstance(value, _Members):
@@ -165,6 +165,6 @@ def _last(value: Any, text: str, rest: str, in_string: bool) -> Any:
 
 
 def _beginning(string: str, rest: str) -> str:
-    """What is settled of a string: not an escape that is cut, nor half of a surrogate pair."""
+    """Return a string without an incomplete escape or half of a surrogate pair at its end."""
     string = string if rest == '"' else string[:-1]
     return string[:-1] if "\ud800" <= string[-1:] <= "\udbff" else string

@@ -1,4 +1,4 @@
-"""Responses that match a regular expression."""
+"""A reward for responses that match a regular expression."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from mbrl_text_env.rewards.names import named
 from mbrl_text_env.types import Prompt
 
 _ESCAPED = re.compile(r"\\[^A-Za-z0-9]|\\[pPN]\{[^}]*\}")
-# What may fail at the end of a prefix and hold in a longer text: lookbehind, negative lookahead,
-# atomic groups and possessive repetitions, conditions, recursion, fuzzy matching, flags and escapes
-# with such a meaning, and \b in a set, where it is another character.
+# Syntax that can fail at the end of a prefix and match in a longer text: lookbehind, negative
+# lookahead, atomic groups, possessive repetitions, conditions, recursion, fuzzy matching, some
+# flags and escapes, and \b in a set, where it is a character.
 _UNBOUNDED = re.compile(
     r"\(\?(?!:|=|P?<[A-Za-z_]|P=|[isxau]+(?:-[isx]+)?[:)])|\(\*|[*+?}]\+|\\[GgKLmMRX]"
     r"|\{(?!\d*,?\d*\})|\[\^?\]?[^\]]*\\[bB]"
@@ -25,29 +25,29 @@ _REFERENCE = re.compile(r"\\[1-9]|\(\?P=")
 @named("regex")
 @dataclass(eq=False)
 class RegexReward(RowReward):
-    r"""1 if the response matches a regular expression, else 0.
+    r"""1 if the response matches a regular expression, otherwise 0.
 
-    The whole response has to match, but for white space around it, and a response of nothing else
-    scores 0, whatever the pattern. The syntax is that of the package `regex` in its compatible
-    mode, Python's own with additions such as `\p{L}` (`(?s).*word.*` searches).
+    The whole response must match, except for surrounding white space. A blank response scores 0
+    with every pattern. The syntax is that of the package `regex` in its compatible mode: Python's,
+    with additions such as `\p{L}`. To search, use `(?s).*word.*`.
 
     A pattern such as `(a+)+$` can take exponential time. A match that takes longer than `seconds`
-    is an error and no 0: the pattern is at fault, and a 0 would fall upon whatever responses a busy
-    machine was slow with.
+    is an error, not a score of 0, because the pattern is at fault, and because scores must not
+    depend on how busy the machine is.
 
-    `bound` is 0 where no text that begins so can match, by the partial matching of `regex`. It is 1
-    throughout for what that cannot tell: patterns with lookbehind, negative lookahead, atomic
-    groups, possessive repetitions, conditions, recursion, fuzzy matching, a lookahead beside a
-    reference to a group, or inline flags other than `isxau`; and patterns of which a partial match
-    once took longer than `seconds`.
+    `bound` is 0 if no text with the prefix can match, according to the partial matching of `regex`.
+    It is always 1 if partial matching cannot tell: for patterns with lookbehind, negative
+    lookahead, atomic groups, possessive repetitions, conditions, recursion, fuzzy matching, a
+    lookahead together with a group reference, or inline flags other than `isxau`; and for patterns
+    of which a partial match has taken longer than `seconds`.
 
     Args:
         pattern: The pattern; None to read `prompt.metadata["pattern"]`.
-        seconds: Wall-clock time that one match may take.
+        seconds: Wall-clock time limit per match.
 
     Raises:
-        RewardError: The pattern does not compile. When scoring, too: a prompt, which the message
-            names, has none, or the match took too long.
+        RewardError: The pattern does not compile. Also when scoring, if a prompt has no pattern or
+            the match takes too long; the message names the prompt.
 
     Example:
         >>> prompt = Prompt.from_text("Name a date.", "date")
@@ -69,18 +69,18 @@ class RegexReward(RowReward):
             _compiled(self.pattern, f"Reward model {self.name!r}")
 
     def applies_to(self, prompt: Prompt) -> bool:
-        """Whether there is a pattern, the constructor's or the prompt's."""
+        """Return whether there is a pattern, in the constructor or the prompt."""
         return self.pattern is not None or isinstance(prompt.metadata.get("pattern"), str)
 
     def _bound(self, prompt: Prompt, prefix: str) -> float:
         given = self._given(prompt)
         matches = self._matcher(given, prompt)
-        # Whether partial matching refuses only what no longer text can match.
+        # Check that partial matching rejects only prefixes that no longer text can match.
         plain = _ESCAPED.sub("_", given)
         looks_ahead = "(?=" in plain and _REFERENCE.search(plain) is not None
         if given in self._slow or looks_ahead or _UNBOUNDED.search(plain):
             return 1.0
-        # A word may end, or go on, where a prefix ends.
+        # A word can end, or continue, at the end of the prefix.
         open_ended = re.sub(r"(?<!\\)((?:\\\\)*)(\\[bB])", r"\1(?:\2|\\Z)", given)
         begins = self._matcher(open_ended, prompt)
         try:
@@ -106,9 +106,9 @@ class RegexReward(RowReward):
         except TimeoutError as error:
             raise RewardError(
                 f"Reward model {self.name!r}, prompt {prompt.id!r}: expected the pattern {given!r} "
-                f"to be matched within {self.seconds:g} s, got no end with response "
-                f"{response[:80]!r}. Rewrite repetitions inside repetitions, such as (a+)+ as a+, "
-                "or make their branches exclude each other."
+                f"to be matched within {self.seconds:g} s, got no result for response "
+                f"{response[:80]!r}. Rewrite nested repetitions, such as (a+)+ as a+, or make "
+                "their alternatives mutually exclusive."
             ) from error
 
 
@@ -116,14 +116,14 @@ def _compiled(pattern: Any, context: str) -> Any:
     if not isinstance(pattern, str):
         raise RewardError(
             f"{context}: expected a regular expression, a string, got {pattern!r}. Pass "
-            "RegexReward(pattern), or put it into metadata['pattern']."
+            "RegexReward(pattern), or set metadata['pattern']."
         )
     regex = optional("regex", RewardError)
     try:
-        # The package keeps what it has compiled.
+        # The package caches compiled patterns.
         return regex.compile(pattern)
     except (regex.error, OverflowError, RecursionError) as error:
         raise RewardError(
             f"{context}: expected a regular expression, got {pattern!r} ({error}). Correct it; "
-            "write signs with a meaning, such as ( and *, with a backslash before them."
+            "escape special characters such as ( and * with a backslash."
         ) from error

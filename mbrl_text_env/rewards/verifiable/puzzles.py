@@ -1,4 +1,4 @@
-"""Puzzles of reasoning-gym, scored by each task's own scorer."""
+"""A reward for reasoning-gym puzzles, which uses the scorer of each task."""
 
 from __future__ import annotations
 
@@ -25,30 +25,30 @@ _SOURCE = "reasoning_gym_source"
 _SOURCE_KEYS = frozenset({"task", "seed", "size", "config", "index"})
 
 EVALUATED_TASKS = frozenset({"binary_matrix", "n_queens", "spiral_matrix", "string_insertion"})
-"""Tasks whose scorers would `eval` the response."""
+"""Tasks whose scorers `eval` the response."""
 
 EXPRESSION_TASKS = frozenset(
     ("countdown", "intermediate_integration", "polynomial_multiplication", "puzzle24",
      "simple_integration")
 )  # fmt: skip
-"""Tasks whose scorers pass the response to `sympy.parse_expr`, which runs it as Python."""
+"""Tasks whose scorers pass the response to `sympy.parse_expr`, which runs it as Python code."""
 
 UNREPEATABLE_TASKS = frozenset(
     ("isomorphic_strings", "knight_swap", "list_functions", "polynomial_multiplication",
      "ransom_note", "word_ladder")
 )  # fmt: skip
-"""Tasks that make other puzzles in each Python process, as they draw from sets; their scorers need
-nothing but what the prompt's metadata hold."""
+"""Tasks that generate different puzzles in each Python process because they draw from sets. Their
+scorers need only the prompt's metadata."""
 
 MISJUDGED_TASKS = frozenset({"game_of_life_halting"})
-"""Tasks whose scorers accept any answer: the reference answer is compared with instead."""
+"""Tasks whose scorers accept any answer; here, the answer must equal the reference answer."""
 
 _FUNCTIONS = (
     "Abs|acos|acosh|acot|asin|asinh|atan|atanh|cos|cosh|cot|coth|csc|erf|exp|ln|log|pi|sec|sin|"
     "sinh|sqrt|tan|tanh"
 )
-# Numbers, variables of one letter, known functions and operators: no attribute, text or call of
-# anything else can be written with them.
+# Numbers, one-letter variables, known functions and operators. Attributes, strings and calls of
+# other functions do not match.
 _EXPRESSION = re.compile(
     rf"(?:\s|\d+(?:\.\d*)?(?:[eE][-+]?\d+)?(?![\w.])|\.\d+(?![\w.])|[-+*/^(),]"
     rf"|(?<!\w)(?:{_FUNCTIONS}|[A-Za-z])(?!\w))+"
@@ -58,33 +58,32 @@ _EXPRESSION = re.compile(
 @named("reasoning-gym")
 @dataclass(eq=False)
 class ReasoningGymReward(AnswerReward):
-    """The score that reasoning-gym's own scorer of the prompt's task gives, usually 0 to 1.
+    """The score of reasoning-gym's own scorer for the prompt's task, usually 0 to 1.
 
-    It scores answers to the prompts of `prompts.reasoning_gym_prompts`. The puzzle is made again
-    from its `metadata["reasoning_gym_source"]`, because scorers need what JSON cannot hold, and has
-    to be the one of the prompt. (`UNREPEATABLE_TASKS` are scored by the prompt's other metadata.)
-    Which wrong answers get part of the score is up to the task; an empty answer gets 0.
+    It scores answers to the prompts of `prompts.reasoning_gym_prompts`. Scorers need objects that
+    JSON cannot represent, so the puzzle is generated again from `metadata["reasoning_gym_source"]`,
+    and compared with the prompt. (`UNREPEATABLE_TASKS` are scored with the prompt's other metadata
+    instead.) The task decides which wrong answers get partial credit; an empty answer scores 0.
 
-    Responses are untrusted, and some scorers run them as Python. All run in a process that is
-    killed after `seconds` (`rewards.verifiable.isolated`); beyond that:
+    Responses are untrusted, and some scorers run them as Python. All scorers run in a process that
+    is killed after `seconds` (`rewards.verifiable.isolated`). In addition:
 
-    - `EVALUATED_TASKS`: `eval` is replaced by `ast.literal_eval`, so that an answer may be a
-      literal list, and no other Python.
-    - `EXPRESSION_TASKS`: an answer other than an expression of numbers, one-letter variables,
-      operators and usual functions scores 0 without being read.
-    - `MISJUDGED_TASKS`: 1 for the reference answer, else 0.
-    - An answer with which the scorer raises, or is out of time or memory, scores 0.
+    - `EVALUATED_TASKS`: `eval` is replaced by `ast.literal_eval`, which accepts only literals.
+    - `EXPRESSION_TASKS`: an answer that is not an expression of numbers, one-letter variables,
+      operators and common functions scores 0 and is not parsed.
+    - `MISJUDGED_TASKS`: 1 for the reference answer, otherwise 0.
+    - An answer for which the scorer raises, or runs out of time or memory, scores 0.
 
     Source: Stojanovski et al., "Reasoning Gym: Reasoning Environments for Reinforcement Learning
     with Verifiable Rewards", 2025, https://github.com/open-thought/reasoning-gym.
 
     Args:
-        extract: Where in the response the answer stands; see `rewards.verifiable.answers`.
-        seconds: Wall-clock time that one scoring may take.
+        extract: How to find the answer in the response; see `rewards.verifiable.answers`.
+        seconds: Wall-clock time limit per score.
 
     Raises:
-        RewardError: When scoring: the extra `data` is not installed, or a prompt, which the message
-            names, has no source, or one that makes another puzzle here, by another version.
+        RewardError: When scoring, if the extra `data` is not installed, or a prompt has no source
+            or one that gives another puzzle (another version). The message names the prompt.
 
     Example:
         >>> from mbrl_text_env.prompts import reasoning_gym_prompts
@@ -103,20 +102,20 @@ class ReasoningGymReward(AnswerReward):
         check_finite(self, "seconds", above=0)
 
     def applies_to(self, prompt: Prompt) -> bool:
-        """Whether the prompt says what its puzzle is made from."""
+        """Return whether the prompt has the source of its puzzle."""
         source = prompt.metadata.get(_SOURCE)
         return isinstance(source, Mapping) and set(source) == _SOURCE_KEYS
 
     def _bound(self, prompt: Prompt, prefix: str) -> float:
-        return math.inf  # Not all tasks promise that 1 is the most.
+        return math.inf  # Not all tasks guarantee a maximum of 1.
 
     def _score(self, prompt: Prompt, response: str) -> float:
         source = prompt.metadata.get(_SOURCE)
         if not self.applies_to(prompt):
             raise RewardError(
                 f"Reward model {self.name!r}, prompt {prompt.id!r}: expected metadata[{_SOURCE!r}] "
-                f"with {sorted(_SOURCE_KEYS)}, got {source!r}. Make the prompts with "
-                "`mbrl_text_env.prompts.reasoning_gym_prompts`, or leave out those that the reward "
+                f"with {sorted(_SOURCE_KEYS)}, got {source!r}. Create the prompts with "
+                "`mbrl_text_env.prompts.reasoning_gym_prompts`, or remove those that the reward "
                 "does not apply to."
             )
         answer = extract_answer(response, self.extract)
@@ -137,7 +136,7 @@ class ReasoningGymReward(AnswerReward):
 
 
 def _puzzle_of(prompt: Prompt) -> str:
-    """What the helper process makes a puzzle of: its source and, if it has to, the entry itself."""
+    """Return, as JSON, a puzzle's source and, for `UNREPEATABLE_TASKS`, the puzzle itself."""
     source = dict(prompt.metadata[_SOURCE])
     puzzle: dict[str, Any] = {"source": source, "entry": None}
     if source["task"] in UNREPEATABLE_TASKS:
@@ -150,38 +149,38 @@ def _puzzle_of(prompt: Prompt) -> str:
 
 
 def check_puzzle(puzzle: str, text: str) -> None:
-    """Make a puzzle, in the helper process; `RewardError` unless the prompt's text asks it."""
+    """Generate a puzzle, in the helper process; `RewardError` unless it is in the prompt's text."""
     given = json.loads(puzzle)
     source, stored = given["source"], given["entry"]
     if stored and None in stored.values():
         raise RewardError(
-            f"expected metadata['reference_answer'] and metadata['reasoning_gym'], without which "
-            f"{source['task']!r} cannot be scored, got {stored}. Make the prompt again."
+            f"expected metadata['reference_answer'] and metadata['reasoning_gym'], because "
+            f"{source['task']!r} cannot be scored without, got {stored}. Create the prompt again."
         )
     try:
         _, _, entry = _made(puzzle)
     except RewardError:
         raise
-    except Exception as error:  # The tasks check their settings with assertions, among others.
+    except Exception as error:  # Tasks check their settings with assertions, among others.
         raise RewardError(
-            f"expected the source of a puzzle of reasoning-gym, got {source} "
-            f"({type(error).__name__}: {error}). Make the prompt again with the installed version."
+            f"expected the source of a reasoning-gym puzzle, got {source} "
+            f"({type(error).__name__}: {error}). Recreate the prompt with the installed version."
         ) from error
     if entry["question"] not in text:
         raise RewardError(
-            f"expected the question that {source} makes, {entry['question'][:80]!r}, got a prompt "
-            "without it. Make the prompt again with the installed version of reasoning-gym."
+            f"expected the question generated from {source}, {entry['question'][:80]!r}, got a "
+            "prompt without it. Recreate the prompt with the installed version of reasoning-gym."
         )
 
 
 def score_answer(puzzle: str, answer: str) -> float:
-    """The task's own score of an answer, in the helper process; a finite number."""
+    """Return the task's score of an answer, in the helper process; raise if it is not finite."""
     task, dataset, entry = _made(puzzle)
     if task in EXPRESSION_TASKS and not _EXPRESSION.fullmatch(answer):
         return 0.0
     if task in MISJUDGED_TASKS:
         return float(answer == entry["answer"])
-    # Some scorers change the entry.
+    # Some scorers modify the entry.
     score = float(dataset.score_answer(answer, copy.deepcopy(entry)))
     if not math.isfinite(score):
         raise ValueError(f"expected a finite score, got {score}")
@@ -204,6 +203,6 @@ def _dataset(source: str) -> Any:
     task, config = given.pop("task"), given.pop("config")
     dataset = reasoning_gym.create_dataset(task, **given, **config)
     if task in EVALUATED_TASKS:
-        # A module's own name comes before the builtin one.
+        # A name in the module takes precedence over the builtin.
         vars(sys.modules[type(dataset).__module__])["eval"] = ast.literal_eval
     return dataset

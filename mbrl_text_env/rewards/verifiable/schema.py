@@ -1,4 +1,4 @@
-"""Responses that are JSON and satisfy a JSON Schema."""
+"""A reward for responses that are JSON and satisfy a JSON Schema."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from mbrl_text_env.types import FloatArray, Prompt
 _FENCE = re.compile(r"```(?:json)?[ \t]*\n(.*)\n[ \t]*```", re.DOTALL | re.IGNORECASE)
 _HERE = "mbrl_text_env.rewards.verifiable.schema"
 
-# How a fence opens, how it may have begun to, and how it may have begun to close.
+# A fence's opening line, a prefix of it, and a prefix of its closing line.
 _OPENING = re.compile(r"```(?:json)?[ \t]*\n", re.IGNORECASE)
 _BEFORE_OPENING = re.compile(r"`{0,3}|```(?:j|js|jso|json)?[ \t]*", re.IGNORECASE)
 _CLOSING = re.compile(r"\n[ \t]*`{1,3}\s*\Z")
-# What an object, array or string that goes on violates, it violates however it goes on.
+# Keywords that stay violated however an unfinished object, array or string continues.
 _LASTING = frozenset(
     ("$ref", "$dynamicRef", "allOf", "anyOf", "properties", "patternProperties", "items",
      "additionalProperties", "prefixItems", "propertyNames", "maxItems", "maxProperties",
@@ -43,33 +43,33 @@ _LASTING = frozenset(
 @named("json-schema")
 @dataclass(eq=False)
 class JSONSchemaReward(RewardModel):
-    """1 if the response is JSON that satisfies a schema, else 0, or part of 1 for any JSON.
+    """1 if the response is JSON that satisfies a schema, `partial_credit` for other JSON, else 0.
 
-    The response has to be one JSON value as RFC 8259 defines it, with nothing but white space
-    around it: NaN and Infinity are none, and neither is a value nested more than 100 deep, nor an
-    integer of more than 4300 digits. The schema is of draft 2020-12; as there, `format` is not
-    checked. References (`$ref`) are followed inside the schema; none is fetched.
+    The response must be a single JSON value (RFC 8259), optionally surrounded by white space. NaN,
+    Infinity, nesting deeper than 100 levels, and integers of more than 4300 digits are not
+    accepted. The schema dialect is draft 2020-12, in which `format` is not checked. References
+    (`$ref`) are followed inside the schema; nothing is downloaded.
 
-    The check runs in a process that is killed after `seconds` (`rewards.verifiable.isolated`), for
-    a schema's own patterns can take exponential time. That is an error, as in `RegexReward`.
+    The check runs in a process that is killed after `seconds` (`rewards.verifiable.isolated`), as
+    patterns in a schema can take exponential time. A timeout is an error, as in `RegexReward`.
 
-    `bound` is 0 where no text that begins so is JSON, and `partial_credit` where none satisfies the
-    schema, as far as types, names, enumerations, lengths and what is complete tell.
+    `bound` is 0 if no text with the prefix is JSON, and `partial_credit` if none satisfies the
+    schema according to types, names, enumerations, lengths and the complete values.
 
-    Parts: `parses` and `valid`, zeros and ones.
+    The parts `parses` and `valid` are 0 or 1.
 
     Args:
         schema: The schema; None to read `prompt.metadata["schema"]`.
-        code_fence: Accept the value inside one Markdown code fence (```json), too.
-        unique_names: Take an object with two members of one name for no JSON (RFC 7493). Otherwise
-            the last one counts, so that no value in an object that goes on is final for `bound`.
+        code_fence: Also accept a value inside one Markdown code fence (```json).
+        unique_names: Reject objects with duplicate names (RFC 7493). Otherwise the last value of a
+            name counts, so for `bound`, no value in an unfinished object is final.
         partial_credit: The score, from 0 to 1, of JSON that does not satisfy the schema.
-        seconds: Wall-clock time that one check may take.
+        seconds: Wall-clock time limit per check.
 
     Raises:
-        RewardError: The schema is not valid, or the extra `verify` is not installed. When scoring,
-            too: a prompt, which the message names, has none, or one that refers to something
-            outside itself, or the check took too long.
+        RewardError: The schema is invalid, or the extra `verify` is not installed. Also when
+            scoring, if a prompt has no schema, a reference cannot be resolved inside the schema, or
+            the check takes too long. The message names the prompt.
 
     Example:
         >>> schema = {"type": "object", "required": ["name"]}
@@ -101,7 +101,7 @@ class JSONSchemaReward(RewardModel):
             _checked_schema(self.schema, f"Reward model {self.name!r}")
 
     def applies_to(self, prompt: Prompt) -> bool:
-        """Whether there is a schema, the constructor's or the prompt's."""
+        """Return whether there is a schema, in the constructor or the prompt."""
         return self.schema is not None or prompt.metadata.get("schema") is not None
 
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> FloatArray:
@@ -116,7 +116,7 @@ class JSONSchemaReward(RewardModel):
         return Scores(total, {"parses": parses, "valid": valid})
 
     def bound(self, prompts: Sequence[Prompt], prefixes: Sequence[str]) -> FloatArray:
-        """Return float64[B] of 0, `partial_credit` and 1: what a text that begins so can score."""
+        """Return float64[B] of 0, `partial_credit` or 1, see `RewardModel.bound`."""
         return np.array([self._bound(*row) for row in zip(prompts, prefixes, strict=True)])
 
     def _bound(self, prompt: Prompt, prefix: str) -> float:
@@ -137,7 +137,7 @@ class JSONSchemaReward(RewardModel):
         if schema in self._slow:
             return 1.0
         arguments = schema, text, self.unique_names
-        # Patterns and references alone can take long.
+        # Only patterns and references can be slow.
         is_quick = '"pattern' not in schema and '"$' not in schema
         try:
             ask = may_satisfy if is_quick else partial(self._isolated, "may_satisfy")
@@ -170,8 +170,8 @@ class JSONSchemaReward(RewardModel):
         if problem is not None:
             raise RewardError(
                 f"{context}, response {response[:80]!r}: expected a schema that can be checked, "
-                f"got {schema[:200]} ({problem}). Mend the schema: put what it refers to into its "
-                "`$defs`, and rewrite patterns with repetitions inside repetitions."
+                f"got {schema[:200]} ({problem}). Fix the schema: put the definitions that it "
+                "refers to into its `$defs`, and rewrite patterns with nested repetitions."
             )
         return True, valid
 
@@ -179,28 +179,28 @@ class JSONSchemaReward(RewardModel):
 def load_jsonschema() -> None:
     """Import jsonschema, in the helper process."""
     optional("jsonschema", RewardError)
-    # Each level of a value takes several frames of the validator.
+    # The validator needs several frames per level of a value.
     sys.setrecursionlimit(5000)
 
 
 def validate(schema: str, text: str) -> tuple[str | None, bool]:
-    """What is wrong with a schema, if anything, and whether a JSON text satisfies it."""
+    """Return the problem of a schema, or None, and whether a JSON text satisfies the schema."""
     from jsonschema import Draft202012Validator
     from referencing import Registry
     from referencing.exceptions import Unresolvable
 
-    # An empty registry fetches nothing; the validator's default one asks the network.
+    # An empty registry downloads nothing, unlike the validator's default one.
     validator = Draft202012Validator(json.loads(schema), registry=Registry())
     try:
         return None, validator.is_valid(json.loads(text))
     except Unresolvable as error:
-        return f"it refers to {error.ref!r}, which is not in it", False
+        return f"it refers to {error.ref!r}, which is not in the schema", False
     except RecursionError:
-        return "it refers to itself without end", False
+        return "it has an infinite reference loop", False
 
 
 def may_satisfy(schema: str, text: str, unique_names: bool) -> bool:
-    """Whether JSON that begins with a text may satisfy a schema; True where that is not known."""
+    """Return whether JSON with a prefix can satisfy a schema; True if that is not known."""
     from referencing import Registry
     from referencing.exceptions import Unresolvable
 
@@ -208,13 +208,13 @@ def may_satisfy(schema: str, text: str, unique_names: bool) -> bool:
         value = unfinished_json(text, unique_names)
         return bool(_lenient()(json.loads(schema), registry=Registry()).is_valid(value))
     except (Unresolvable, RecursionError):
-        # Scoring says what is wrong with the schema.
+        # Scoring reports the problem of the schema.
         return True
 
 
 @lru_cache(maxsize=1)
 def _lenient() -> Any:
-    """jsonschema's validator, which asks of what goes on no more than can be told."""
+    """Return jsonschema's validator, changed to accept unfinished values that can become valid."""
     jsonschema = optional("jsonschema", RewardError)
     strict = jsonschema.Draft202012Validator.VALIDATORS
 
@@ -225,14 +225,14 @@ def _lenient() -> Any:
             elif keyword in ("enum", "const"):
                 wanted = value if keyword == "enum" else [value]
                 if not any(_may_become(instance, each) for each in wanted):
-                    yield jsonschema.ValidationError("none of the values begins so")
+                    yield jsonschema.ValidationError("no allowed value starts with this")
             elif keyword == "oneOf":
                 yield from strict["anyOf"](validator, value, instance, schema) or ()
             elif keyword in _LASTING and (keyword != "type" or type(instance) is not Unfinished):
                 yield from strict[keyword](validator, value, instance, schema) or ()
             closed = keyword == "additionalProperties" and value is False
             if closed and not _may_be_named(instance, schema):
-                yield jsonschema.ValidationError("no property's name begins so")
+                yield jsonschema.ValidationError("no property name starts with this")
 
         return check
 
@@ -249,7 +249,7 @@ def _may_become(value: Unfinished, wanted: Any) -> bool:
 
 
 def _may_be_named(value: Any, schema: Mapping[str, Any]) -> bool:
-    """Whether the name that an object ends with may become one of the schema's properties."""
+    """Return whether an object's unfinished name can become one of the schema's properties."""
     begun = value.name if isinstance(value, UnfinishedObject) else None
     if begun is None or schema.get("patternProperties"):
         return True
@@ -257,7 +257,7 @@ def _may_be_named(value: Any, schema: Mapping[str, Any]) -> bool:
 
 
 def _checked_schema(schema: Any, context: str) -> str:
-    """The schema as JSON text; the error that it is none begins with the context."""
+    """Return the schema as JSON text, or raise an error that starts with the context."""
     try:
         text = json.dumps(schema, allow_nan=False)
         problem = "it is null" if schema is None else _schema_problem(text)
@@ -266,7 +266,7 @@ def _checked_schema(schema: Any, context: str) -> str:
     if problem is not None:
         raise RewardError(
             f"{context}: expected a JSON Schema of draft 2020-12, got {str(schema)[:200]} "
-            f"({problem}). Mend it, or put one into metadata['schema']."
+            f"({problem}). Fix it, or set metadata['schema']."
         )
     return text
 

@@ -1,6 +1,6 @@
-"""SQL that is right as far as its result tells: the response is a query, and its rows are compared.
+"""A reward for SQL queries, which compares the rows of the response's query with the expected rows.
 
-The query is run on an SQLite database in memory, in a process that is killed if it takes too long.
+The query runs on an in-memory SQLite database, in a process that is killed if it takes too long.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _IN_BRACKETS = re.compile(r"\([^()]*\)")
 _ALLOWED = frozenset(
     (sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_RECURSIVE)
 )
-# The last two would score one response differently from call to call.
+# With the last two, the score of a response would change from call to call.
 _FORBIDDEN = frozenset({"load_extension", "fts3_tokenizer", "random", "randomblob"})
 _LIMITS = {
     sqlite3.SQLITE_LIMIT_LENGTH: 100_000,
@@ -46,33 +46,33 @@ _MOST_ROWS = 1000
 @named("sql")
 @dataclass(eq=False)
 class SQLReward(RowReward):
-    """1 if the query in a response has the rows of the reference query, else 0.
+    """1 if the query in a response returns the rows of the reference query, otherwise 0.
 
-    `prompt.metadata["database"]` is SQL that makes the database, and `["reference_answer"]` a query
-    on it. The response's query stands in its last code fence that begins with SELECT, WITH or
-    VALUES, or is the whole response. Rows are compared as a multiset, or as a list if the reference
-    query itself is ordered, column by column; names of columns do not count, an integer equals the
-    same float, and floats are equal within one part in a million.
+    `prompt.metadata["database"]` is SQL that creates the database; `["reference_answer"]` is a
+    query on it. The response's query is its last code block that starts with SELECT, WITH or
+    VALUES, or the whole response. Rows are compared as a multiset, or as a list if the reference
+    query has its own ORDER BY. Columns are compared in order, and their names are ignored. An
+    integer equals the same float, and floats are equal within one part in a million.
 
-    Responses are untrusted. Each is one statement on a database of its own, in memory, which it can
-    read and nothing else: no writing, no PRAGMA, no ATTACH, no extension, no `random`. A query that
-    breaks a limit scores 0: `max_steps`, `seconds`, texts and blobs of 100,000 bytes (intermediate
-    ones too), SQL of 10,000 bytes, 64 MiB of memory, one row more than the reference query has. It
-    runs in a helper process (`rewards.verifiable.isolated`).
+    Responses are untrusted. Each is a single statement on its own in-memory database, which it can
+    only read: no writes, PRAGMA, ATTACH, extensions or `random`. A query scores 0 if it exceeds a
+    limit: `max_steps`, `seconds`, strings and blobs of 100,000 bytes (intermediate ones too), SQL
+    of 10,000 bytes, 64 MiB of memory, or the number of rows of the reference query. It runs in a
+    helper process (`rewards.verifiable.isolated`).
 
-    The bound is 1: a prefix never rules a later fence out.
+    The bound is always 1, because a later code block can contain the query.
 
     Source: Yu et al., "Spider: A Large-Scale Human-Labeled Dataset for Complex and Cross-Domain
-    Semantic Parsing and Text-to-SQL Task", EMNLP 2018 (execution accuracy). Deviation: columns have
-    to be in the order that was asked for.
+    Semantic Parsing and Text-to-SQL Task", EMNLP 2018 (execution accuracy). Deviation: columns must
+    be in the order of the reference query.
 
     Args:
-        max_steps: Instructions of SQLite's virtual machine that one query may take.
-        seconds: Wall-clock time that one query may take, for what no step counts.
+        max_steps: Maximum number of SQLite virtual machine instructions per query.
+        seconds: Wall-clock time limit per query, for work that is not counted as steps.
 
     Raises:
-        RewardError: When scoring: a prompt, which the message names, has no database or query, or
-            ones that cannot be run, or a query of more than 1000 rows.
+        RewardError: When scoring, if a prompt has no database or query, they cannot be run, or the
+            query has more than 1000 rows. The message names the prompt.
 
     Example:
         >>> facts = {"database": "CREATE TABLE t (n); INSERT INTO t VALUES (1), (2);",
@@ -92,7 +92,7 @@ class SQLReward(RowReward):
         check_finite(self, "max_steps", "seconds", above=0)
 
     def applies_to(self, prompt: Prompt) -> bool:
-        """Whether the prompt has a database and a reference query."""
+        """Return whether the prompt has a database and a reference query."""
         parts = _parts(prompt.metadata)
         return all(isinstance(part, str) and part.strip() for part in parts)
 
@@ -104,7 +104,7 @@ class SQLReward(RowReward):
             if not self.applies_to(prompt):
                 raise RewardError(
                     "expected metadata['database'] and metadata['reference_answer'] to be SQL, got "
-                    f"{str(database)[:80]!r} and {str(reference)[:80]!r}. Add them, or leave out "
+                    f"{str(database)[:80]!r} and {str(reference)[:80]!r}. Add them, or remove "
                     "the prompts that the reward does not apply to."
                 )
             parts = (database, reference, self.max_steps)
@@ -125,12 +125,12 @@ def _parts(metadata: Mapping[str, Any]) -> tuple[Any, Any]:
 
 @lru_cache(maxsize=1000)
 def reference_rows(database: str, query: str, max_steps: int) -> list[tuple[Any, ...]]:
-    """The rows of a reference query, in the helper process; `RewardError` where it has none."""
+    """Return the rows of a reference query, in the helper process; `RewardError` if it fails."""
     try:
         rows = _rows(database, query, max_steps, _MOST_ROWS + 1)
     except (sqlite3.Error, ValueError) as error:
         raise RewardError(
-            f"expected a database and a query on it that can be run, got {database[:80]!r} and "
+            f"expected a valid database and a valid query, got {database[:80]!r} and "
             f"{query[:200]!r} ({type(error).__name__}: {error}). Correct them."
         ) from error
     if len(rows) > _MOST_ROWS:
@@ -139,14 +139,14 @@ def reference_rows(database: str, query: str, max_steps: int) -> list[tuple[Any,
 
 
 def score_query(database: str, reference: str, max_steps: int, query: str) -> bool:
-    """Whether a query has the rows of the reference, in the helper process; or any error."""
+    """Return whether a query has the rows of the reference, in the helper process, or raise."""
     wanted = reference_rows(database, reference, max_steps)
     rows = _rows(database, query, max_steps, len(wanted) + 1)
     return len(rows) == len(wanted) and _same(wanted, rows, is_ordered(reference))
 
 
 def is_ordered(query: str) -> bool:
-    """Whether a query itself, and not only one inside it, has an ORDER BY."""
+    """Return whether a query has an ORDER BY outside its subqueries."""
     bare = _TEXT.sub(" ", query)
     while bare != (bare := _IN_BRACKETS.sub(" ", bare)):
         pass
@@ -154,11 +154,11 @@ def is_ordered(query: str) -> bool:
 
 
 def _rows(database: str, query: str, max_steps: int, most: int) -> list[tuple[Any, ...]]:
-    """The first rows of a query on a new database that it can only read."""
+    """Return the first rows of a query on a new read-only database."""
     connection = sqlite3.connect(":memory:")
     try:
         connection.executescript(database)
-        # The memory is that of all connections of the process, which is the helper's.
+        # The memory limit covers all connections of this (helper) process.
         connection.executescript(
             f"PRAGMA temp_store=MEMORY; PRAGMA hard_heap_limit={_HEAP_BYTES}; PRAGMA query_only=ON;"
         )

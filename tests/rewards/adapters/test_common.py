@@ -90,7 +90,7 @@ class TestNumbers:
             listed(values, "f", [PROMPT] * 2, ["a", "b"])
 
     def test_too_many(self):
-        with pytest.raises(RewardError, match="expected 0 values, one a completion, got 1"):
+        with pytest.raises(RewardError, match="expected 0 values, one per completion, got 1"):
             listed([1.0], "f", [], [])
 
 

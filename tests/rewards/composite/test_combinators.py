@@ -200,8 +200,8 @@ def test_costs_and_prompts_are_those_of_all(make):
     ("make", "message"),
     [
         (lambda: Product([]), "Product: expected at least one reward, got none"),
-        (lambda: Product([Count("a"), Count("a")]), "a name of its own"),
-        (lambda: Gate(Count("a"), Count("a")), "a name of its own"),
+        (lambda: Product([Count("a"), Count("a")]), "a unique name"),
+        (lambda: Gate(Count("a"), Count("a")), "a unique name"),
         (lambda: Gate(Count("a"), Count("b"), closed=float("nan")), "closed to be a finite number"),
         (lambda: Ensemble([Count("a")]), "at least two rewards .* got 1 rewards"),
         (lambda: Ensemble([Count("a"), Count("b")], k=-1), "k=-1"),

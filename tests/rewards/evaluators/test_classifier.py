@@ -339,7 +339,7 @@ class TestModelsThatAreRefused:
     def test_a_folder_without_a_tokenizer(self, classifiers, tmp_path):
         for file in ("config.json", "model.safetensors"):
             shutil.copy(classifiers["bert"] / file, tmp_path)
-        self.check(tmp_path, r"hold a tokenizer for the model's 30522 tokens, got one of \d+\.")
+        self.check(tmp_path, r"contain a tokenizer for the model's 30522 tokens, got one with \d+")
 
     def test_a_folder_with_damaged_weights(self, classifiers, tmp_path):
         shutil.copytree(classifiers["bert"], tmp_path, dirs_exist_ok=True)
@@ -396,7 +396,7 @@ class TestModelsThatAreRefused:
         assert not (tmp_path / "ran").exists()
 
     def test_a_name_on_the_hub_without_a_network(self, monkeypatch):
-        message = "name on the Hugging Face Hub that is reachable or already downloaded"
+        message = "name of a model that is on the Hugging Face Hub or already downloaded"
         program = (
             "from mbrl_text_env.rewards import ClassifierReward, score_responses\n"
             "from mbrl_text_env.types import Prompt\n"

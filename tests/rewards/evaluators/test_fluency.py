@@ -144,7 +144,7 @@ class TestLanguageModelsThatAreRefused:
     def test_one_without_an_end(self):
         lm = NGramLM("ab")
         lm.stop_token_ids = frozenset()
-        self.check(lm, "'toy' has no stop tokens, by which an empty response is judged")
+        self.check(lm, "'toy' has no stop tokens, which are needed to score empty")
 
     def test_lengths_below_one(self):
         self.check(None, "max_length: expected at least 1, got 0", max_length=0)

@@ -398,7 +398,7 @@ class TestModelsAndFormatsThatAreRefused:
         step_format = StepFormat("ки", output="token", before="{prompt} ")
         self.check(
             step_models["math-shepherd"],
-            "'What is 2 .*step_end='ки' is not a token of its own after each step",
+            "'What is 2 .*step_end='ки' is not a separate token after each step",
             step_format,
         )
 

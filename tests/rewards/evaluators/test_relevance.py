@@ -134,7 +134,7 @@ def test_an_encoder_that_returns_something_else_is_an_error():
         def encode(self, sentences):
             return np.ones(len(sentences))
 
-    with pytest.raises(RewardError, match=r"one vector a text, shape \(1, d\), got shape \(1,\)"):
+    with pytest.raises(RewardError, match=r"one vector per text, shape \(1, d\), got shape \(1,\)"):
         RelevanceReward(Flat()).score([SKY], ["Because."])
 
 

@@ -137,7 +137,7 @@ class TestDamage:
         features = json.loads((folder / "reward.json").read_text())["features"]
         features["statistics"] = features["statistics"][1:]
         self.edit(folder, features=features)
-        self.check(folder, "counts of texts that this version of the package does not make")
+        self.check(folder, "text statistics that this version of the package does not compute")
 
     @pytest.mark.parametrize(
         ("change", "message"),
@@ -167,7 +167,7 @@ class TestDamage:
 
         with pytest.raises(RewardError, match="fitted on, 8 numbers for 'response', got 9"):
             score(LearnedReward(folder, encoder=Wider()))
-        with pytest.raises(RewardError, match="'Broken' to return one finite vector a text"):
+        with pytest.raises(RewardError, match="'Broken' to return one finite vector per text"):
             score(LearnedReward(folder, encoder=Broken()))
         with pytest.raises(RewardError, match="expected the folder of a SentenceTransformer"):
             score(LearnedReward(folder, encoder="no-such/encoder"))

@@ -163,7 +163,7 @@ def test_a_kill_within_a_call_costs_the_calls(tmp_path):
     for row in rows[1:]:
         again.score(*row)
     assert len(reward.asked) == again.calls == 14
-    with pytest.raises(RewardError, match=r"expected calls of the reward to be left.*max_calls"):
+    with pytest.raises(RewardError, match=r"expected remaining calls of the reward.*max_calls"):
         lost_all(tmp_path / "lost", rows[0])
 
 

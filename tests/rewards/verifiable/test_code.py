@@ -284,7 +284,7 @@ BAD = [
     ({"tests": [{"input": "1"}]}, "statements such as"),
     ({"tests": [{"input": 1, "output": "2"}]}, "statements such as"),
     ({"tests": ["assert f()"], "setup": "x ="}, r"metadata\['setup'\].*Correct them"),
-    ({"tests": ["assert f()"], "setup": 3}, r"metadata\['setup'\].*or leave it out"),
+    ({"tests": ["assert f()"], "setup": 3}, r"metadata\['setup'\].*or remove it"),
     ({"tests": ["assert f()"], "test_imports": [3]}, r"metadata\['test_imports'\]"),
     ({"tests": ["assert f()"], "entry_point": 3}, r"metadata\['entry_point'\]"),
 ]

@@ -318,7 +318,7 @@ def test_an_empty_response_satisfies_nothing(constraint, response):
 @pytest.mark.parametrize(
     ("constraint", "expected"),
     [
-        ("max_words", "Expected a constraint such as .*got 'max_words'.*Make it an object"),
+        ("max_words", "Expected a constraint such as .*got 'max_words'.*Pass an object"),
         ({"value": 3}, "Expected a constraint such as .*'type' is a string"),
         ({"type": ["max_words"]}, "Expected a constraint such as "),
         ({"type": "max_word", "value": 3}, "got 'max_word'. Did you mean 'max_words'"),
@@ -343,7 +343,7 @@ def test_an_empty_response_satisfies_nothing(constraint, response):
         ({"type": "max_letter_count", "letter": " ", "value": 1}, "'letter' to be one letter"),
         ({"type": "language", "value": "english"}, "code, one of af, ar, .* got 'english'"),
         ({"type": "repeats_prompt", "prompt": "x"}, "expected no arguments, got 'prompt'. Remove"),
-        ({"type": "repeats_prompt"}, "expected the prompt's text, got none. Pass it"),
+        ({"type": "repeats_prompt"}, "expected the prompt's text, got none. Call"),
     ],
 )
 @pytest.mark.parametrize("response", ["Some text.", ""])

@@ -89,7 +89,7 @@ def test_a_match_that_takes_too_long_is_an_error_in_time_even_in_a_thread(patter
     assert len(errors) == 1
     assert "prompt 'date': expected the pattern" in errors[0]
     assert "within 0.2 s" in errors[0]
-    assert "Rewrite repetitions" in errors[0]
+    assert "Rewrite nested repetitions" in errors[0]
 
 
 def test_options_that_are_none_are_refused():

@@ -261,8 +261,8 @@ def test_a_prompt_without_a_source_is_named():
     ("change", "message"),
     [
         ({"task": "chian_sum"}, "Dataset 'chian_sum' not registered"),
-        ({"index": 7}, "expected the question that .*'index': 7.* got a prompt without it"),
-        ({"seed": 1}, "got a prompt without it. Make the prompt again"),
+        ({"index": 7}, "expected the question .*'index': 7.* got a prompt without it"),
+        ({"seed": 1}, "got a prompt without it. Recreate the prompt"),
         ({"config": {"terms": 3}}, "unexpected keyword argument 'terms'"),
         ({"config": {"min_terms": 9, "max_terms": 2}}, "AssertionError"),
     ],

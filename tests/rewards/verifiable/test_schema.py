@@ -132,8 +132,8 @@ def test_a_schema_that_is_none_is_an_error(schema, message):
     [
         ({"$ref": "https://example.com/s.json"}, "refers to 'https://example.com/s.json'"),
         ({"$ref": "file:///etc/hostname"}, "refers to 'file:///etc/hostname'"),
-        ({"$ref": "#/$defs/none"}, r"refers to '/\$defs/none', which is not in it"),
-        ({"$ref": "#"}, "refers to itself without end"),
+        ({"$ref": "#/$defs/none"}, r"refers to '/\$defs/none', which is not in the schema"),
+        ({"$ref": "#"}, "an infinite reference loop"),
     ],
 )
 def test_references_stay_inside_the_schema(schema, message):
@@ -144,7 +144,7 @@ def test_references_stay_inside_the_schema(schema, message):
 def test_a_pattern_of_exponential_time_is_an_error_in_time():
     reward = JSONSchemaReward({"type": "string", "pattern": "^(a+)+$"}, seconds=0.5)
     began = time.monotonic()
-    with pytest.raises(RewardError, match=r"prompt 'ann', .*took longer than 0.5 s.*Mend the"):
+    with pytest.raises(RewardError, match=r"prompt 'ann', .*took longer than 0.5 s.*Fix the"):
         reward.score([PROMPT], [json.dumps("a" * 50 + "b")])
     assert time.monotonic() - began < 60
     np.testing.assert_array_equal(reward.score([PROMPT] * 2, ['"aa"', '"b"']), [1, 0])

@@ -1,12 +1,12 @@
-"""Constraints that a program can check, and the share of them that a response satisfies.
+"""Verifiable constraints, and a reward for the fraction that a response satisfies.
 
 A constraint is a JSON object with a `type`, one of `CONSTRAINT_TYPES`, and its arguments:
 
     {"type": "keyword_count", "keyword": "river", "value": 2}
     {"type": "no_commas"}
 
-An empty response (nothing but white space) satisfies no constraint. It has no commas and few words,
-and a language model would otherwise be rewarded for saying nothing.
+An empty response (only white space) satisfies no constraint. Otherwise it would be rewarded, for
+example because it has no commas and few words.
 """
 
 from mbrl_text_env.rewards.verifiable.constraints.checking import (

@@ -1,4 +1,4 @@
-"""Whether a response, or every one with a prefix, satisfies constraints; and their share."""
+"""Check constraints on responses and prefixes, and score the fraction that is satisfied."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ from mbrl_text_env.types import FloatArray, Prompt, nearest
 
 
 class ConstraintError(ValueError):
-    """A constraint has an unknown type or wrong arguments, or a prompt has no constraints."""
+    """Raised if a constraint has an unknown type or wrong arguments, or a prompt has none."""
 
 
 def check_constraint(
     constraint: Mapping[str, Any], response: str, prompt: str | None = None
 ) -> bool:
-    """Whether a response satisfies a constraint; an empty response satisfies none.
+    """Return whether a response satisfies a constraint; an empty response satisfies none.
 
     Args:
-        constraint: `{"type": name, ...arguments}`, the name being one of `CONSTRAINT_TYPES`.
+        constraint: `{"type": name, ...arguments}`; the name is one of `CONSTRAINT_TYPES`.
         response: The response's text.
-        prompt: The prompt's text, which `repeats_prompt` needs.
+        prompt: The prompt's text; required by `repeats_prompt`.
 
     Raises:
-        ConstraintError: The constraint's type is unknown, or an argument is missing, superfluous or
-            of a wrong type, or the constraint needs the prompt.
+        ConstraintError: The type is unknown, an argument is missing, unexpected or of a wrong type,
+            or the constraint needs the prompt.
 
     Example:
         >>> check_constraint({"type": "max_words", "value": 3}, "Short and sweet.")
@@ -52,9 +52,9 @@ def check_constraint(
 def prefix_verdict(
     constraint: Mapping[str, Any], prefix: str, prompt: str | None = None
 ) -> Verdict:
-    """What `check_constraint` returns for `prefix` and every longer response; None if that is open.
+    """Return the result of `check_constraint` for every response with a prefix, or None if open.
 
-    It may also be None where that is not known. An empty prefix decides nothing.
+    It can also be None if the result is not known. For an empty prefix, it is None.
 
     Example:
         >>> prefix_verdict({"type": "no_commas"}, "Well, ")
@@ -68,10 +68,10 @@ def prefix_verdict(
 
 
 def count_behind(constraint: Mapping[str, Any], prompt: str | None = None) -> tuple[str, ...]:
-    """Names of the counts that decide a constraint, as `world_model` calls them.
+    """Return the names, in `world_model`, of the counts that decide a constraint.
 
     Raises:
-        ConstraintError: None do.
+        ConstraintError: Counts do not decide the constraint.
     """
     _, given = _read(constraint, prompt)
     name = constraint["type"]
@@ -80,13 +80,13 @@ def count_behind(constraint: Mapping[str, Any], prompt: str | None = None) -> tu
         argument = COUNTED[counted].argument
         if argument is None:
             return (counted,)
-        # In any case, as it is counted.
+        # Letters are counted ignoring case.
         value = given[argument]
         return (f"{counted}:{value.lower() if counted == 'letters' else value}",)
     if name not in _OF_FEATURES:
         known = sorted({*RELATIONS, *_OF_FEATURES})
         raise ConstraintError(
-            f"Expected constraints on counts, of the types {known}, got {name!r}. Leave out the "
+            f"Expected constraints on counts, of the types {known}, got {name!r}. Remove the "
             "prompt, or use another value model."
         )
     return _OF_FEATURES[name][0]
@@ -95,7 +95,7 @@ def count_behind(constraint: Mapping[str, Any], prompt: str | None = None) -> tu
 def check_counts(
     constraint: Mapping[str, Any], features: Mapping[str, Any], prompt: str | None = None
 ) -> Any:
-    """bool[N]: whether responses with these counts satisfy a constraint; see `count_behind`."""
+    """Return bool[N], whether responses with these counts satisfy it; see `count_behind`."""
     found = [features[name] for name in count_behind(constraint, prompt)]
     name = constraint["type"]
     if name not in RELATIONS:
@@ -103,7 +103,7 @@ def check_counts(
     return RELATIONS[name][1](found[0], constraint["value"])
 
 
-# Of other constraints: the features that decide them, and how.
+# The features that decide other constraints, and the decision.
 _OF_FEATURES: Mapping[str, tuple[tuple[str, ...], Callable[..., Any]]] = {
     "no_commas": (("commas",), lambda commas: commas == 0),
     "lowercase": (("capitals", "small_letters"), lambda big, small: (big == 0) & (small > 0)),
@@ -112,12 +112,12 @@ _OF_FEATURES: Mapping[str, tuple[tuple[str, ...], Callable[..., Any]]] = {
 
 
 def _read(constraint: Mapping[str, Any], prompt: str | None) -> tuple[Kind, dict[str, Any]]:
-    """The constraint's type, and the arguments that its check takes beside the response."""
+    """Return the constraint's type, and the arguments of its check besides the response."""
     name = constraint.get("type") if isinstance(constraint, Mapping) else None
     if not isinstance(name, str):
         raise ConstraintError(
             f"Expected a constraint such as {{'type': 'max_words', 'value': 50}}, got "
-            f"{constraint!r}. Make it an object whose 'type' is a string."
+            f"{constraint!r}. Pass an object whose 'type' is a string."
         )
     kind = CONSTRAINT_TYPES.get(name)
     if kind is None:
@@ -125,7 +125,7 @@ def _read(constraint: Mapping[str, Any], prompt: str | None) -> tuple[Kind, dict
             f"Expected a known constraint type, got {name!r}.{nearest(name, CONSTRAINT_TYPES)} "
             f"Change it to one of: {', '.join(sorted(CONSTRAINT_TYPES))}."
         )
-    # Tables (Arrow, pandas) give every row the keys of all rows, with None where one is not given.
+    # In tables (Arrow, pandas), every row has the keys of all rows, with None for missing values.
     given = {key: value for key, value in constraint.items() if value is not None and key != "type"}
     expected = {key: hint for key, hint in kind.arguments.items() if key != "prompt"}
     for change, keys in (
@@ -147,7 +147,7 @@ def _read(constraint: Mapping[str, Any], prompt: str | None) -> tuple[Kind, dict
         return kind, given
     if prompt is None:
         raise ConstraintError(
-            f"Constraint {name!r}: expected the prompt's text, got none. Pass it: "
+            f"Constraint {name!r}: expected the prompt's text, got none. Call "
             "check_constraint(constraint, response, prompt)."
         )
     return kind, {**given, "prompt": prompt}
@@ -168,7 +168,7 @@ _DESCRIPTIONS: Mapping[Any, str] = {
 
 def _is_a(hint: Any, value: object) -> bool:
     match value:
-        case bool():  # A subclass of int; `true` in a JSON file is no count.
+        case bool():  # A subclass of int, but `true` in a JSON file is not a count.
             return False
         case int():
             return hint is int and value >= 1
@@ -185,10 +185,10 @@ def _is_a(hint: Any, value: object) -> bool:
 
 @named("constraints")
 class ConstraintsReward(ProcessRewardModel):
-    """Scores a response by the fraction of its prompt's constraints that it satisfies.
+    """The fraction of the prompt's constraints that a response satisfies, in [0, 1].
 
-    The constraints are read from `prompt.metadata["constraints"]`, a list. `ConstraintError` names
-    a prompt that has none, or a malformed one.
+    The constraints are the list `prompt.metadata["constraints"]`. A prompt without constraints, or
+    with a malformed one, raises a `ConstraintError` that names the prompt.
 
     Example:
         >>> constraints = [{"type": "lowercase"}, {"type": "max_words", "value": 2}]
@@ -201,7 +201,7 @@ class ConstraintsReward(ProcessRewardModel):
     is_verifier = True
 
     def applies_to(self, prompt: Prompt) -> bool:
-        """Whether the prompt has constraints."""
+        """Return whether the prompt has constraints."""
         return bool(prompt.metadata.get("constraints"))
 
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> FloatArray:
@@ -209,12 +209,12 @@ class ConstraintsReward(ProcessRewardModel):
         return np.array([_fraction(*row) for row in zip(prompts, responses, strict=True)], float)
 
     def bound(self, prompts: Sequence[Prompt], prefixes: Sequence[str]) -> FloatArray:
-        """Return float64[B], the fraction of constraints that a prefix has not broken for good."""
+        """Return float64[B], the fraction of constraints that a prefix can still satisfy."""
         rows = zip(prompts, prefixes, strict=True)
         return np.array([self._within_reach(prompt, [prefix])[0] for prompt, prefix in rows], float)
 
     def feature_names(self, prompt: Prompt) -> tuple[str, ...]:
-        """The counts that decide the prompt's constraints, and "visible" characters."""
+        """Return the counts that decide the prompt's constraints, and "visible" (characters)."""
         request = _request(prompt)
         try:
             found = [name for c in _constraints(prompt) for name in count_behind(c, request)]
@@ -225,23 +225,23 @@ class ConstraintsReward(ProcessRewardModel):
         return (*dict.fromkeys(found), "visible")
 
     def score_features(self, prompt: Prompt, features: Mapping[str, FloatArray]) -> FloatArray:
-        """Return float64[N], the fraction of constraints that responses with these counts keep."""
+        """Return float64[N], the fraction of constraints that responses with these counts meet."""
         constraints, request = _constraints(prompt), _request(prompt)
         kept = [check_counts(each, features, request) for each in constraints]
         return np.where(features["visible"] > 0, np.mean(kept, axis=0), 0.0)
 
     def suggest(self, prompt: Prompt, prefix: str) -> tuple[str, ...]:
-        """Pieces that a constraint asks for and the prefix does not have (see `suggestions`)."""
+        """Return pieces of text that unmet constraints require (see `suggestions`)."""
         constraints, request = _constraints(prompt), _request(prompt)
         unmet = [each for each in constraints if not check_constraint(each, prefix, request)]
         return suggestions(unmet, prefix)
 
     def score_steps(self, prompt: Prompt, steps: Sequence[str]) -> FloatArray:
-        """Return float64[len(steps)]: how much of the score is still within reach.
+        """Return float64[len(steps)], the highest score still possible after each step.
 
-        That of a step before the last is the fraction of constraints that the response up to its
-        end has not broken, whatever follows (`prefix_verdict` is not False). The last step is
-        scored as the end of the response, and so the scores never rise.
+        For a step before the last, this is the fraction of constraints that the response up to its
+        end can still satisfy (`prefix_verdict` is not False). After the last step, it is the score
+        of the response. The scores therefore never increase.
         """
         if not steps:
             return np.zeros(0)
@@ -263,7 +263,7 @@ def _constraints(prompt: Prompt) -> Sequence[Mapping[str, Any]]:
     if not isinstance(constraints, list | tuple) or not constraints:
         raise ConstraintError(
             f"Prompt {prompt.id!r}: expected metadata['constraints'] to be a list of at least one "
-            f"constraint, got {constraints!r}. Add constraints, or leave out the prompts for which "
+            f"constraint, got {constraints!r}. Add constraints, or remove the prompts for which "
             "`ConstraintsReward.applies_to(prompt)` is False."
         )
     return constraints
@@ -279,7 +279,7 @@ def _fraction(prompt: Prompt, response: str) -> float:
 
 
 def _request(prompt: Prompt) -> str:
-    """The text that the response answers: the prompt, or the last message of the user in it."""
+    """Return the text that the response answers: the prompt, or its last user message."""
     if isinstance(prompt.content, str):
         return prompt.content
     asked = [message.content for message in prompt.content if message.role == "user"]

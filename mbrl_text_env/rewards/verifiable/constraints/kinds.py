@@ -1,17 +1,17 @@
-"""The types of constraints: of each its description, its check, and what a prefix decides of it.
+"""The types of constraints: the description, the check, and the verdict on a prefix for each.
 
 Most follow IFEval: Zhou et al., "Instruction-Following Evaluation for Large Language Models", 2023,
-https://github.com/google-research/google-research (instruction_following_eval). Each docstring says
-how it deviates. Common to all: words are counted in any script that puts spaces between them, texts
-are compared in Unicode's composed form, curly apostrophes are straight ones, "less than n" is "at
-most" here, and what needs a tokenizer of NLTK there is done by rules.
+https://github.com/google-research/google-research (instruction_following_eval). Each docstring
+lists the deviations. These hold for all types: words are counted in every script with spaces
+between words, texts are compared in Unicode's composed form, curly apostrophes equal straight ones,
+"less than n" is "at most" here, and rules replace IFEval's NLTK tokenizers.
 
-What a prefix decides is sound: every continuation comes out so. None means that continuations
-differ, or that the rule does not see that they do not, as of words whose last letters a combining
-accent could still change, where nothing of ASCII follows.
+The verdict on a prefix is sound: it holds for every continuation. None means that continuations can
+differ, or that the rule cannot exclude it. For example, a combining accent can still change the
+last letter of a word until an ASCII character follows.
 """
 
-# ruff: noqa: RUF001 - the commas and quotation marks of other scripts are meant.
+# ruff: noqa: RUF001 - commas and quotation marks of other scripts are intended.
 
 from __future__ import annotations
 
@@ -49,19 +49,19 @@ _CODES = (
     "mr ne nl no pa pl pt ro ru sk sl so sq sv sw ta te th tl tr uk ur vi zh-cn zh-tw"
 )
 LANGUAGES = frozenset(_CODES.split())
-"""The languages that langdetect knows, by their codes (mostly of ISO 639-1)."""
+"""The codes of the languages that langdetect supports (mostly ISO 639-1)."""
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A type of constraint; called with a whole response and the arguments, it checks.
+    """A type of constraint; call it with a whole response and the arguments to check it.
 
     Args:
-        description: What it asks for, and how it deviates from IFEval.
-        decide: `decide(text, ended, **arguments)`: whether the response, which is the text if that
-            has ended and else begins with it, satisfies it; None if that is open. The text is not
-            blank.
-        arguments: The types of the arguments by their names; `prompt` is the text of the prompt.
+        description: The requirement, and the deviations from IFEval.
+        decide: `decide(text, ended, **arguments)` returns whether the response satisfies the
+            constraint, or None if that is still open. The text, which is not blank, is the whole
+            response if `ended`, otherwise a prefix.
+        arguments: The types of the arguments by name; `prompt` is the text of the prompt.
     """
 
     description: str
@@ -69,17 +69,17 @@ class Kind:
     arguments: Mapping[str, Any]
 
     def __call__(self, response: str, **arguments: Any) -> bool:
-        """Whether a whole response satisfies it."""
+        """Return whether a whole response satisfies the constraint."""
         return bool(self.decide(response, True, **arguments))
 
 
 @dataclass(frozen=True)
 class Counted:
-    """What can be counted in a text; nothing after the `settled` part of a prefix lowers its count.
+    """A count in a text; the `settled` part of a prefix has a count that can only increase.
 
     Args:
         count: `count(text, **arguments)`, an integer.
-        argument: The name of its argument beside the text; None where it has none.
+        argument: The name of its argument besides the text, or None.
     """
 
     count: Callable[..., int]
@@ -88,15 +88,15 @@ class Counted:
 
 
 COUNTED: dict[str, Counted] = {}
-"""What constraints count, by its name, such as "words"."""
+"""The counts by name, such as "words"."""
 RELATIONS: dict[str, tuple[str, Callable[[Any, Any], Any]]] = {}
-"""Of constraints on a count: what is counted, and how it has to be related to `value`."""
+"""For constraints on a count, the name of the count and its required relation to `value`."""
 CONSTRAINT_TYPES: dict[str, Kind] = {}
-"""Every type by its name. `check_constraint` also checks the arguments, and blank responses."""
+"""All types by name. `check_constraint` also checks the arguments and blank responses."""
 
 
 def _kind(decide: Function) -> Function:
-    """A type of constraint with the name and docstring of the function that decides it."""
+    """Register a type of constraint with the name and docstring of its `decide` function."""
     _add(decide.__name__, decide.__doc__ or "", decide, get_type_hints(decide))
     return decide
 
@@ -107,10 +107,10 @@ def _add(name: str, description: str, decide: Callable[..., Verdict], hints: Any
 
 
 def _stays(verdict: bool | None, settled: Callable[[str], str] = str) -> Any:
-    """A type of constraint with a check of whole texts.
+    """Register a type of constraint with a check of whole texts.
 
-    `verdict` is True if what the `settled` part of a prefix satisfies stays satisfied, False if
-    what it breaks stays broken, None if nothing is decided before the end.
+    `verdict` is True if a constraint stays satisfied once the `settled` part of a prefix satisfies
+    it, False if it stays violated once that part violates it, and None if only the end decides.
     """
 
     def note(check: Function) -> Function:
@@ -131,9 +131,9 @@ _RELATIONS = {"at_least": operator.ge, "at_most": operator.le, "exactly": operat
 
 
 def _counted(settled: Callable[[str], str] = str, **names: str) -> Callable[[Function], Function]:
-    """Types of constraint of a function that counts something, their names by their relations.
+    """Register the types of constraint on a count; `names` maps relations to names.
 
-    `settled` is the part of a prefix whose count nothing after it lowers.
+    `settled` returns the part of a prefix whose count no continuation can lower.
     """
 
     def note(count: Function) -> Function:
@@ -160,31 +160,31 @@ def _decide_count(
     return False if found > value else None
 
 
-# --- What is counted ---
+# --- Counts ---
 
 
 @_counted(at_least="min_words", at_most="max_words")
 def words(text: str) -> int:
-    """words: runs without white space that have a letter or a digit in them.
+    """words, which are separated by white space and contain a letter or a digit.
 
-    A Chinese, Japanese or Thai text without spaces is one word. In IFEval's `number_words` "don't"
-    is two.
+    A Chinese, Japanese or Thai text without spaces is one word. In IFEval's `number_words`, "don't"
+    is two words.
     """
     return sum(any(map(str.isalnum, word)) for word in text.split())
 
 
-# "2" may become the number of a list, and "p.s" an abbreviation, while no space follows; and
-# whether "U.S." ends a sentence depends on the next word alone.
+# Until a space follows, "2" can become a list number and "p.s" an abbreviation. Whether "U.S."
+# ends a sentence depends only on the next word.
 @_counted(settled_words, at_least="min_sentences", at_most="max_sentences", exactly="num_sentences")
 def sentences(text: str) -> int:
     """sentences.
 
-    They end at a full stop, question mark, exclamation mark or ellipsis with white space after it,
+    A sentence ends at a full stop, question mark, exclamation mark or ellipsis before white space,
     at the full stops of other scripts (Chinese, Japanese, Hindi, Arabic, Urdu and more), at a blank
-    line and at the end. Numbers of a list, English titles such as "Dr." and marks without words do
-    not count. Initials ("J. K. Rowling") and abbreviations ("U.S.", "Ph.D.", "Inc.") end one where
-    a word follows that usually begins one, such as "The"; "p.m." and "etc." where a capital letter
-    does. Speech that ends in a mark of its own ('"Stop!" she said.') ends one. IFEval asks punkt.
+    line and at the end. List numbers, English titles such as "Dr." and marks without words do not
+    count. Initials ("J. K. Rowling") and abbreviations ("U.S.", "Ph.D.", "Inc.") end a sentence
+    before a word that usually starts one, such as "The"; "p.m." and "etc." before a capital letter.
+    Quoted speech with its own mark ('"Stop!" she said.') ends a sentence. IFEval uses NLTK's punkt.
     """
     return count_sentences(text)
 
@@ -194,21 +194,21 @@ _PARAGRAPH_BREAK = re.compile(r"\n\s*\n")
 
 @_counted(at_least="min_paragraphs", at_most="max_paragraphs", exactly="num_paragraphs")
 def paragraphs(text: str) -> int:
-    """paragraphs, separated by one or more blank lines; in IFEval by "***"."""
+    """paragraphs, separated by one or more blank lines (in IFEval, by "***")."""
     return len(_PARAGRAPH_BREAK.split(text.strip()))
 
 
-# A mark and text after it; a line of three marks or more is a rule across the page.
+# A mark with text after it; a line of three or more marks is a horizontal rule.
 _BULLET = re.compile(r"^[ \t]*(?!([-*])(?:[ \t]*\1){2,}[ \t\r]*$)[-*][ \t]+\S", re.MULTILINE)
 _OPEN_RULE = re.compile(r"(?:^|\n)[ \t]*([-*])(?:[ \t]*\1)*[ \t\r]*\Z")
 
 
 @_counted(partial(_OPEN_RULE.sub, ""), exactly="num_bullets")
 def bullets(text: str) -> int:
-    """lines that start with "-" or "*" and white space, and go on.
+    """lines that start with "-" or "*", white space and text.
 
-    Indentation is ignored. A rule across the page, such as "* * *", is none. IFEval's
-    `number_bullet_lists` asks for no space after the mark.
+    Indentation is ignored. A horizontal rule, such as "* * *", is not a bullet. IFEval's
+    `number_bullet_lists` does not require a space after the mark.
     """
     return sum(1 for _ in _BULLET.finditer(text))
 
@@ -220,29 +220,29 @@ def bullets(text: str) -> int:
     exactly="exact_keyword_count",
 )
 def occurrences(text: str, keyword: str) -> int:
-    """occurrences of `keyword` as whole words, in any case (IFEval: in others); see `keywords`."""
+    """occurrences of `keyword` as whole words (IFEval: also in longer words); see `keywords`."""
     return count_occurrences(keyword, text)
 
 
 @_counted(settled_text, at_least="min_letter_count", at_most="max_letter_count")
 def letters(text: str, letter: Letter) -> int:
-    """occurrences of `letter`, small or capital, as in IFEval; it may be a digit or a mark."""
+    """occurrences of `letter`, ignoring case, as in IFEval; it can also be a digit or a mark."""
     text, form = unicodedata.normalize("NFC", text), unicodedata.normalize("NFC", letter)
     return sum(map(text.count, {form, form.lower(), form.upper()}))
 
 
 @_counted(settled_words, at_least="min_capital_words", at_most="max_capital_words")
 def capital_words(text: str) -> int:
-    """words in capitals, marks and digits aside: "NO", "I", "B-52s" not.
+    """words in capitals, ignoring marks and digits: "NO" and "I", but not "B-52s".
 
-    IFEval's `capital_word_frequency` has NLTK separate words from marks first, as in "HE'll".
+    IFEval's `capital_word_frequency` first separates words with NLTK, as in "HE'll".
     """
     return sum(map(str.isupper, text.split()))
 
 
 @_counted(at_least="placeholders")
 def placeholders(text: str) -> int:
-    """[bracketed] placeholders, not blank (in IFEval they may be); repeated ones count each."""
+    """[bracketed] placeholders that are not blank (in IFEval, they can be); repetitions count."""
     return sum(bool(inside.strip()) for inside in re.findall(r"\[([^\[\]\n]+)\]", text))
 
 
@@ -250,58 +250,58 @@ def placeholders(text: str) -> int:
 def highlights(text: str) -> int:
     """*highlighted* or **highlighted** parts of lines.
 
-    Spaces inside the marks at either end make none, as in Markdown: "2 * 3 * 4" has none. In IFEval
-    it has one.
+    As in Markdown, there must be no spaces inside the marks: "2 * 3 * 4" has no highlight. In
+    IFEval it has one.
     """
     return len(re.findall(r"\*\*(?=\S)[^*\n]+(?<=\S)\*\*|\*(?=\S)[^*\n]+(?<=\S)\*", text))
 
 
 @_counted(at_least="sections")
 def sections(text: str, splitter: str) -> int:
-    """times `splitter`, in this case and no end of a longer word, before a number, as in IFEval."""
+    """occurrences of `splitter` (case-sensitive, not ending a longer word) before a number."""
     return len(re.findall(rf"(?<![^\W_]){re.escape(splitter.strip())}\s?\d+", text))
 
 
-# --- What is there, or is not ---
+# --- Required and forbidden content ---
 
 
 @_stays(True, settled_phrases)
 def keywords(text: str, value: list[str]) -> bool:
-    """Every word or phrase of `value` occurs as whole words, in any case.
+    """Every word or phrase of `value` occurs as whole words, ignoring case.
 
-    Marks of Markdown around it (`**river**`, `_river_`) are no part of it. Where a script has no
-    spaces between words (Chinese, Japanese, Thai, Lao, Khmer, Burmese), a phrase is found in longer
-    words too; a Korean one also with particles after it. IFEval's `existence` finds all of them
-    inside of other words.
+    Markdown marks around a word (`**river**`, `_river_`) are ignored. In scripts without spaces
+    between words (Chinese, Japanese, Thai, Lao, Khmer, Burmese), a phrase also matches inside
+    longer words. A Korean phrase also matches before particles. IFEval's `existence` matches all
+    phrases inside other words.
     """
     return all(count_occurrences(word, text) for word in value)
 
 
 @_stays(False, settled_phrases)
 def forbidden_words(text: str, value: list[str]) -> bool:
-    """No word or phrase of `value` occurs as whole words, in any case; see `keywords`."""
+    """No word or phrase of `value` occurs as whole words, ignoring case; see `keywords`."""
     return not any(count_occurrences(word, text) for word in value)
 
 
 @_stays(False)
 def no_commas(text: str) -> bool:
-    """No comma, nor its Arabic, Chinese or Japanese form (which IFEval's `no_comma` allows)."""
+    """There is no comma, Arabic, Chinese and Japanese ones included (IFEval allows these)."""
     return set(",，、،").isdisjoint(text)
 
 
-# One small letter before a prefix, and it is lowercase unless there is a capital in it.
+# With a small letter before it, a prefix is lowercase unless it has a capital letter.
 @_stays(False, "a{}".format)
 def lowercase(text: str) -> bool:
-    """There are letters that have a case, and all of them are small.
+    """There is at least one letter with a case, and all such letters are lowercase.
 
-    IFEval's `english_lowercase` asks for English as well; add `language` for that.
+    IFEval's `english_lowercase` also requires English; add `language` for that.
     """
     return text.islower()
 
 
 @_stays(False, "A{}".format)
 def uppercase(text: str) -> bool:
-    """There are letters that have a case, and all of them are capitals; see `lowercase`."""
+    """There is at least one letter with a case, and all are uppercase; see `lowercase`."""
     return text.isupper()
 
 
@@ -314,17 +314,17 @@ def title(text: str) -> bool:
 
 @_stays(True)
 def postscript(text: str) -> bool:
-    """A line starts with "P.S.", after marks such as `**`; in IFEval it stands anywhere in one."""
+    """A line starts with "P.S.", optionally after marks such as `**` (IFEval: anywhere in it)."""
     return re.search(r"^[ \t>#*_]*P\.S\.", text, re.MULTILINE) is not None
 
 
-# --- How it begins and ends ---
+# --- Start and end ---
 
 
 @_kind
 def starts_with(text: str, ended: bool, value: str) -> Verdict:
-    """The first characters are `value`, in this case, after white space; not in IFEval."""
-    # A prefix with something after it, so that its own white space stays.
+    """The text starts with `value` (case-sensitive), after white space; not in IFEval."""
+    # Append a character to a prefix, to keep the white space at its end.
     begun = normal(text) if ended else normal(f"{settled_text(text)}.")[:-1]
     wanted = normal(value)
     if begun.startswith(wanted):
@@ -334,9 +334,9 @@ def starts_with(text: str, ended: bool, value: str) -> Verdict:
 
 @_stays(None)
 def ends_with(text: str, value: str) -> bool:
-    """The last characters are `value`, in this case, before white space.
+    """The text ends with `value` (case-sensitive), before white space.
 
-    IFEval's `end_checker` ignores the case, and quotation marks around the response.
+    IFEval's `end_checker` ignores case and quotation marks around the response.
     """
     return normal(text).endswith(normal(value))
 
@@ -345,7 +345,7 @@ def ends_with(text: str, value: str) -> bool:
 def quoted(text: str, ended: bool) -> Verdict:
     """The first and last characters are double quotation marks, straight or curly, around text.
 
-    Further quotation marks between them are allowed, for speech. IFEval takes straight ones only.
+    More quotation marks between them are allowed, for speech. IFEval accepts only straight ones.
     """
     text = text.strip()
     closing = {'"': '"', "“": "”"}.get(text[0])
@@ -356,25 +356,25 @@ def quoted(text: str, ended: bool) -> Verdict:
 
 @_kind
 def repeats_prompt(text: str, ended: bool, prompt: str) -> Verdict:
-    """The response begins with the words of the prompt, in any case, and goes on after them.
+    """The response starts with the words of the prompt, ignoring case, and continues after them.
 
-    Of a chat, the last message of the user counts. IFEval's `repeat_prompt` repeats an argument
-    (that is `starts_with` here), and asks for nothing after it.
+    For a chat, the last user message counts. IFEval's `repeat_prompt` repeats an argument (here,
+    `starts_with`), and requires nothing after it.
     """
     asked, given = words_of(prompt), words_of(text if ended else settled_words(text))
     if given[: len(asked)] != asked[: len(given)]:
         return False
-    # A word has begun after the last one that was asked for, if not ended.
+    # For a prefix, a word has started after the last required one.
     goes_on = len(given) >= len(asked) and len(text.split()) > len(asked)
     return True if goes_on else False if ended else None
 
 
 @_kind
 def paragraph_first_word(text: str, ended: bool, index: int, value: str) -> Verdict:
-    """Paragraph `index`, the first being 1, begins with the word `value`, in any case.
+    """Paragraph `index`, counted from 1, starts with the word `value`, ignoring case.
 
-    Marks around the word are ignored, and bullets, headings and dashes before it. IFEval's
-    `nth_paragraph_first_word` also asks for a number of paragraphs; add `num_paragraphs` for that.
+    Marks around the word, and bullets, headings and dashes before it, are ignored. IFEval's
+    `nth_paragraph_first_word` also requires a number of paragraphs; add `num_paragraphs` for that.
     """
     found = _PARAGRAPH_BREAK.split(text.strip() if ended else text.lstrip())
     if index > len(found):
@@ -394,7 +394,7 @@ def paragraph_first_word(text: str, ended: bool, index: int, value: str) -> Verd
 def json_object(text: str, ended: bool) -> Verdict:
     """The whole response is a JSON object, without a code fence or other text around it.
 
-    IFEval's `json_format` takes any JSON value, and one in a code fence.
+    IFEval's `json_format` accepts any JSON value, also in a code fence.
     """
     decoder, space = json.JSONDecoder(parse_constant=refuse_constant), " \t\n\r"
     text = text.lstrip(space)
@@ -403,15 +403,15 @@ def json_object(text: str, ended: bool) -> Verdict:
     try:
         _, end = decoder.raw_decode(text)
     except (ValueError, RecursionError):
-        # Thousands of opening brackets, a usual way for a small model to fail, end in the latter.
+        # Small models often write thousands of opening brackets, which raise RecursionError.
         return False if ended else None
     return False if text[end:].strip(space) else ended or None
 
 
 @_kind
 def numbered_list(text: str, ended: bool, value: int) -> Verdict:
-    """The lines with numbers ("1. ", "2) ") go from 1 to `value`, in order; not in IFEval."""
-    # More digits are no number of a list.
+    """The numbered lines ("1. ", "2) ") count from 1 to `value`, in order; not in IFEval."""
+    # Longer numbers are not list numbers.
     found = re.findall(r"^[ \t]*(\d{1,9})[.)][ \t]+\S", text, re.MULTILINE)
     numbers, wanted = list(map(int, found)), list(range(1, value + 1))
     if ended:
@@ -421,12 +421,12 @@ def numbered_list(text: str, ended: bool, value: int) -> Verdict:
 
 @_kind
 def two_responses(text: str, ended: bool) -> Verdict:
-    """Two different texts, separated by ******, which may also stand around them, as in IFEval."""
+    """There are two different texts, separated (optionally surrounded) by ******, as in IFEval."""
     parts = [part.strip() for part in text.split("******")]
     if ended:
         texts = list(filter(None, parts))
         return len(texts) == 2 and texts[0] != texts[1] and all(parts[1:-1])
-    # Marks at the end may become the next separator.
+    # Marks at the end can become the next separator.
     last, texts = parts.pop().rstrip("*").strip(), list(filter(None, parts))
     is_same = len(texts) == 2 and texts[0] == texts[1]
     return False if not all(parts[1:]) or len(texts) + bool(last) > 2 or is_same else None
@@ -434,10 +434,10 @@ def two_responses(text: str, ended: bool) -> Verdict:
 
 @_kind
 def one_of(text: str, ended: bool, value: list[str]) -> Verdict:
-    """The response is one of the options and nothing else, in any case, marks aside.
+    """The whole response is one of the options, ignoring case and marks.
 
-    An option of nothing but marks has to be there as it is. IFEval's `constrained_response` asks
-    only that an option is in it, so that an answer that names several passes.
+    An option that consists of marks must match exactly. IFEval's `constrained_response` requires
+    only that the response contains an option, so a response with several options passes.
     """
     options = list(map(bare_words, value))
     if ended:
@@ -451,12 +451,12 @@ def one_of(text: str, ended: bool, value: list[str]) -> Verdict:
 
 @_stays(None)
 def language(text: str, value: LanguageCode) -> bool:
-    """The likeliest language is `value` by langdetect, whose random numbers get a fixed seed.
+    """The most likely language is `value` according to langdetect with a fixed random seed.
 
-    Its guess is often wrong for less than about five words; so give the response a least number of
-    words. A response without anything to tell a language by (digits, marks) fails; IFEval's
-    `response_language` lets that pass, and draws other random numbers in each call. The extra
-    `verify` has to be installed (`RewardError`).
+    langdetect is often wrong for fewer than about five words, so also require a minimum number of
+    words. A response without letters (digits, marks) fails; it passes IFEval's `response_language`,
+    which also uses new random numbers in each call. `RewardError` if the extra `verify` is not
+    installed.
     """
     detectors = _detectors()
     from langdetect.lang_detect_exception import LangDetectException
@@ -471,7 +471,7 @@ def language(text: str, value: LanguageCode) -> bool:
 
 @lru_cache(maxsize=1)
 def _detectors() -> Any:
-    # A factory of our own: the package's default one is shared by all that use it, as is its seed.
+    # A separate factory, because all users of the package share the default one and its seed.
     module = optional("langdetect.detector_factory", RewardError)
     factory = module.DetectorFactory()
     factory.load_profile(module.PROFILES_DIRECTORY)

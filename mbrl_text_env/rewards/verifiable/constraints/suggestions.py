@@ -1,4 +1,4 @@
-"""Texts that bring a response nearer to a constraint that it does not satisfy yet."""
+"""Suggested texts that help a response to satisfy its constraints."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from mbrl_text_env.rewards.verifiable.constraints.text import count_occurrences
 from mbrl_text_env.rewards.verifiable.partial_json import is_json, unclosed
 
 _Suggest = Callable[..., list[str]]
-# What has to stand at the very end: suggested once all else is there.
+# Constraints on the end of the response; suggested only when all others are satisfied.
 _LAST = ("ends_with", "quoted", "json_object")
 
 
 def suggestions(unmet: Sequence[Mapping[str, Any]], text: str) -> tuple[str, ...]:
-    """What may come next after `text`, which does not satisfy some constraints.
+    """Return texts that could follow `text`, which does not satisfy the constraints `unmet`.
 
-    The texts are pieces, such as the mark of a bullet or a keyword that is missing: the language
-    model writes what stands between them. Each comes also in capitals and in small letters, in case
-    another constraint asks for that.
+    The texts are short pieces, such as a bullet mark or a missing keyword; the language model
+    writes the text between them. Each is also suggested in uppercase and in lowercase, in case
+    another constraint requires that.
 
     Example:
         >>> suggestions([{"type": "keywords", "value": ["River"]}], "We swam.")
@@ -38,12 +38,12 @@ def suggestions(unmet: Sequence[Mapping[str, Any]], text: str) -> tuple[str, ...
 
 
 def _apart(text: str, piece: str, space: str = " ") -> str:
-    """A piece with what separates it from the text before."""
+    """Separate a piece from the text before it."""
     return piece if not text or text.endswith(("\n", space)) else space + piece
 
 
 def _line(text: str, piece: str, blank: bool = False) -> str:
-    """A piece at the beginning of a line, below a blank one if asked."""
+    """Put a piece at the start of a line, optionally after a blank line."""
     wanted = 2 if blank else 1
     there = len(text) - len(text.rstrip("\n"))
     return piece if not text else "\n" * max(0, wanted - there) + piece
@@ -67,7 +67,7 @@ def _ending(text: str, value: str) -> list[str]:
 
 
 def _bracketed(opening: str, closing: str, whole_line: bool = False) -> _Suggest:
-    """To open brackets, or to close those that are open in the last line."""
+    """Suggest the opening bracket, or the closing one if it is open in the last line."""
 
     def suggest(text: str, value: int = 1) -> list[str]:
         line = text.rsplit("\n", 1)[-1]
@@ -103,7 +103,7 @@ def _quoted(text: str) -> list[str]:
 
 
 def _json(text: str) -> list[str]:
-    """What closes all that is open, and what opens an object."""
+    """Suggest the end of the object, or the start of one."""
     if not text.strip():
         return ['{"']
     closers, in_text = unclosed(text)

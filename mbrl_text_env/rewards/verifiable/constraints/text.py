@@ -1,6 +1,6 @@
-"""Words and sentences of a text, and how much of a prefix stays as it is however it goes on."""
+"""Words and sentences of a text, and the part of a prefix that no continuation can change."""
 
-# ruff: noqa: RUF001 - the marks of other scripts are meant.
+# ruff: noqa: RUF001 - characters of other scripts are intended.
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import unicodedata
 from collections.abc import Callable
 
 _MARKS = "\"'“”‘’«»‹›„‚「」『』《》【】（）()[]{}*_~`.,;:!?…。，、！？；：¿¡؟،؛۔।॥—–―•·"
-# What may stand in front of a text, or of its first word: headings, quotations, bullets, dashes.
+# Characters allowed before a text or its first word: headings, quotes, bullets, dashes.
 _LEADING = frozenset(_MARKS + "#>-+")
-# Emphasis of Markdown: underscores with no letter on one of their sides.
+# Markdown emphasis: underscores without a letter on at least one side.
 _EMPHASIS = re.compile(r"(?<![^\W_])_+|_+(?![^\W_])")
 _APOSTROPHES = str.maketrans("’‘ʼ＇", "''''")
 _UNSPACED = re.compile(
@@ -19,26 +19,26 @@ _UNSPACED = re.compile(
     "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff]"
 )
 _HANGUL = re.compile("[\uac00-\ud7a3]")
-# What Korean writes after a noun without a space.
+# Korean particles, which follow a noun without a space.
 _PARTICLES = re.compile(
     "(?:들|은|는|이|가|을|를|의|에|에서|에게|에게서|한테|께|께서|도|만|와|과|로|으로|랑|이랑|하고|까지|부터|처럼|보다|"
     "마다|조차|마저|밖에|나|이나|라도|이라도|야|아|여|이여|입니다|입니까|이에요|예요|이다|이고|이며|인|이란|란|라는|이라는)"
     "{0,3}(?![\uac00-\ud7a3])"
 )
 _LIST_NUMBER = re.compile(r"^[ \t]*\d+[.)][ \t]", re.MULTILINE)
-# Runs of marks are matched from their first mark only: small models like to end in thousands of
-# dots, and trying a match at each of them would take quadratic time.
+# Match runs of marks only from their first mark. Small models often end in thousands of dots, and
+# a match attempt at each of them would take quadratic time.
 _SENTENCE_END = re.compile(
     r"""(?<![.!?…])[.!?…]+["'”’»)\]*_]*(?:\s+|$)|[。！？｡।॥؟۔։።။។]+["'”’»」』）)*_]*|\n\s*\n"""
 )
 
-# Never the end of a sentence: something has to follow.
+# Never the end of a sentence.
 _TITLES = r"mr|mrs|ms|mx|dr|prof|messrs|mme|mlle|vs|cf|viz|approx|e\.g|i\.e|p\.s"
-# Followed by a number, or else words of their own: "No. 5", but "He said no."
+# Abbreviations before a number, otherwise words: "No. 5", but "He said no."
 _NUMBERED = "no|nos|fig|figs|vol|pp?|ch|sec|eq|art"
-# The end before a capital letter, unless a day, month or time zone follows.
+# The end of a sentence before a capital letter, unless a day, month or time zone follows.
 _BEFORE_SMALL = r"[ap]\.m|etc|al"
-# The end before one of `_STARTERS`: a name may follow as well as a sentence ("U.S. Senate").
+# The end of a sentence before one of `_STARTERS`, since a name can follow too ("U.S. Senate").
 _BEFORE_NAMES = (
     "st|mt|gen|col|capt|lt|sgt|rev|hon|sen|rep|gov|pres|inc|ltd|co|corp|bros|llc|jr|sr|esq|dept|"
     "univ|assn|ave|blvd|rd|jan|feb|mar|apr|jun|jul|aug|sept?|oct|nov|dec|"
@@ -68,20 +68,20 @@ _STARTERS = frozenset(_STARTING.split())
 
 
 def normal(text: str) -> str:
-    """A text in composed form with straight apostrophes, without white space around it."""
-    # An accented letter may be one code point or two that look the same.
+    """Return a text in composed form with straight apostrophes, stripped."""
+    # An accented letter can be one or two code points.
     return unicodedata.normalize("NFC", text).translate(_APOSTROPHES).strip()
 
 
 def words_of(text: str) -> list[str]:
-    """What stands between white space, casefolded and in composed form."""
+    """Split a text at white space, casefolded and in composed form."""
     return normal(text).casefold().split()
 
 
 def bare_words(text: str) -> list[str]:
-    """Its words without the marks around them, and without what stands in front of the first.
+    """Return the words without surrounding marks, and without bullets or headings before them.
 
-    Words of nothing but marks are left out; a text of nothing but marks has its words as they are.
+    Words that consist of marks are removed, unless the whole text consists of marks.
     """
     words = words_of(text)
     bare = [word for word in map(_bare, words) if word]
@@ -90,14 +90,14 @@ def bare_words(text: str) -> list[str]:
 
 
 def is_of_marks(text: str) -> bool:
-    """Whether nothing but marks is in a text."""
+    """Return whether a text consists of marks and white space."""
     return all(_LEADING.issuperset(word) for word in text.split())
 
 
 def _bare(word: str) -> str:
     stripped = word.rstrip(_MARKS)
     for place, character in enumerate(stripped):
-        # The sign or the point of a number is a part of it.
+        # The sign or decimal point of a number is part of it.
         is_sign = character in "-–." and stripped[place + 1 : place + 2].isdigit()
         if is_sign or character not in _LEADING or character == "+":
             return stripped[place:]
@@ -105,11 +105,11 @@ def _bare(word: str) -> str:
 
 
 def count_occurrences(phrase: str, text: str) -> int:
-    """Times that a phrase occurs as whole words, in any case; see `kinds.keywords`."""
+    """Count the occurrences of a phrase as whole words, ignoring case; see `kinds.keywords`."""
     phrase, text = normal(phrase).casefold(), normal(text).casefold()
     if "_" not in phrase:
         text = _EMPHASIS.sub(" ", text)
-    # Between its words there may be any white space, and the marks of emphasis.
+    # Allow any white space and emphasis marks between the words.
     pattern = re.compile(r"\**\s+\**".join(map(re.escape, phrase.split())))
     count = start = 0
     while (match := pattern.search(text, start)) is not None:
@@ -119,7 +119,7 @@ def count_occurrences(phrase: str, text: str) -> int:
 
 
 def _is_whole(text: str, start: int, end: int) -> bool:
-    """Whether no word goes on before or after a part of a text."""
+    """Return whether a part of a text starts and ends at word boundaries."""
     if start and _is_joined(text[start - 1], text[start]):
         return False
     if end == len(text):
@@ -130,7 +130,7 @@ def _is_whole(text: str, start: int, end: int) -> bool:
 
 
 def _is_joined(left: str, right: str) -> bool:
-    """Whether two characters side by side belong to one word, as far as can be told."""
+    """Return whether two adjacent characters probably belong to one word."""
     if _UNSPACED.match(left) or _UNSPACED.match(right):
         return False
     return _in_word(left) and _in_word(right)
@@ -141,7 +141,7 @@ def _in_word(character: str) -> bool:
 
 
 def _is_accent(character: str) -> bool:
-    """Whether it changes the letter before it (or is a vowel sign, as in Hindi or Thai)."""
+    """Return whether a character modifies the letter before it, or is a vowel sign (as in Thai)."""
     return unicodedata.category(character) in ("Mn", "Mc")
 
 
@@ -152,7 +152,7 @@ def count_sentences(text: str) -> int:
 
 
 def _without_stop(match: re.Match[str]) -> str:
-    """An abbreviation without its full stop, where that ends no sentence."""
+    """Remove the full stop of an abbreviation unless it ends a sentence."""
     return match[0] if _ends(match) else match[0][:-1]
 
 
@@ -174,21 +174,21 @@ def _ends(match: re.Match[str]) -> bool:
     return word[:1].isupper() and word.casefold() in _STARTERS
 
 
-# --- How much of a prefix stays as it is, however the text goes on ---
+# --- The part of a prefix that no continuation can change ---
 
 
 def settled_words(prefix: str) -> str:
-    """The prefix up to its last white space: words in it are complete."""
+    """Return the prefix up to its last white space; all words in it are complete."""
     return prefix[: _last(prefix, str.isspace) + 1]
 
 
 def settled_text(prefix: str) -> str:
-    """The prefix before its last ASCII character, which merges with nothing before it."""
+    """Return the prefix before its last ASCII character, which cannot combine with it."""
     return prefix[: max(0, _last(prefix, str.isascii))]
 
 
 def settled_phrases(prefix: str) -> str:
-    """The prefix before its last mark or space that no accent changes; its phrases are complete."""
+    """Return the prefix before its last mark or space; all phrases in it are complete."""
     return prefix[: max(0, _last(prefix, _is_border))]
 
 
@@ -198,5 +198,5 @@ def _is_border(character: str) -> bool:
 
 
 def _last(text: str, is_one: Callable[[str], bool]) -> int:
-    """The place of the last character of a kind; -1 where there is none."""
+    """Return the index of the last character of a kind, or -1."""
     return next((i for i in range(len(text) - 1, -1, -1) if is_one(text[i])), -1)
