@@ -330,7 +330,7 @@ def agents_command() -> None:
 @app.command("doctor")
 @friendly
 def doctor_command() -> None:
-    """Show versions, devices, fast number formats, and what optional features are missing."""
+    """Show versions, devices, fast number formats, and which features are missing."""
     from mbrl_text_env.benchmarks.doctor import diagnosis
 
     for each in diagnosis():

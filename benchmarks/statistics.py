@@ -125,7 +125,7 @@ def prompt_means(values: npt.ArrayLike, prompts: Sequence[Hashable]) -> FloatArr
 def mean_interval(
     values: npt.ArrayLike, *, confidence: float = 0.95, resamples: int = 9999, seed: int = 0
 ) -> Interval:
-    """Mean of float64[B] with its bootstrap interval (BCa; percentile where BCa is undefined).
+    """Mean of float64[B] with its bootstrap interval (BCa; percentile if BCa is undefined).
 
     For a paired comparison, pass the differences: this resamples the pairs.
     """

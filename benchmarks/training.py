@@ -277,9 +277,7 @@ def _page(folder: Path, about: Mapping[str, Any], points: Points, held_out: Held
     return Page(
         f"{algorithm}: {reward}",
         _verdict(reward, series, label),
-        []
-        if has_policy
-        else ["No iteration is better than the base model, so there is no policy."],
+        [] if has_policy else ["No iteration beats the base model, so there is no policy."],
         [of_curves("Reward during training", label, f"mean {reward}", series)],
         [shown, *([_audit(folder)] if algorithm == "dyna" else []), *_cost(folder)],
         {"episodes": points, "held_out": [[x, list(scores)] for x, scores in held_out.items()]},
@@ -328,9 +326,7 @@ def _audit(folder: Path) -> Table:
     from mbrl_text_env.rewards.learning.surrogate import audits, read_batches
 
     shown = Table(
-        *numbers(
-            "step", "reward calls", "error of the head", "expected limit", "head minus reward"
-        ),
+        *numbers("step", "reward calls", "error of the head", "95% limit", "head minus reward"),
         title="The learned head against the reward",
         caption="On random responses, before the head was fitted on them: root mean square error "
         "since the previous row, its limit in 95% of rows without a distribution shift, and the "
