@@ -326,10 +326,10 @@ def _audit(folder: Path) -> Table:
     from mbrl_text_env.rewards.learning.surrogate import audits, read_batches
 
     shown = Table(
-        *numbers("step", "reward calls", "error of the head", "95% limit", "head minus reward"),
+        *numbers("step", "reward calls", "error of the head", "95% band", "head minus reward"),
         title="The learned head against the reward",
         caption="On random responses, before the head was fitted on them: root mean square error "
-        "since the previous row, its limit in 95% of rows without a distribution shift, and the "
+        "since the previous row, the band that holds 95% of rows if nothing shifts, and the "
         "mean difference with its 95% interval. A positive difference that grows indicates that "
         "the policy exploits the head.",
     )

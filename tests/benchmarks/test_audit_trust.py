@@ -62,7 +62,7 @@ def flattering(rng):
     [
         (longer, "tokens: "),
         (repeating, "repetitions: "),
-        (exclaiming, "exclamation marks in 100 words: "),
+        (exclaiming, "exclamation marks per 100 words: "),
         (flattering, "flattery: in"),
     ],
 )
@@ -82,7 +82,7 @@ def test_a_reward_that_goes_with_length():
         return text, 0.1 * len(text.split()) + rng.normal(0.0, 0.5)
 
     (warning,) = trust_warnings(rows({"mcts": by_length, "lookahead": by_length}))
-    assert "goes with length: correlation 0.9" in warning
+    assert "increases with length: correlation 0.9" in warning
     # Lengths that hardly differ exploit nothing, whatever the correlation.
     steady = [
         {**row, "response_tokens": 1000 + row["score"]} for row in rows({"a": plain, "b": plain})

@@ -115,7 +115,7 @@ def test_rows_that_are_missing_damaged_or_there_twice(shards, tmp_path):
     part = shards[0] / "parts" / "000018-01.jsonl"
     text = part.read_text()
     part.write_text(text[:-40])
-    first = rf"shard 1/3, got 1 too few: first that of '{AGENTS[1]}' to prompt 'p19'.*goes on"
+    first = rf"1 are missing, the first is that of '{AGENTS[1]}' to prompt 'p19'.*resumes"
     refused(shards, tmp_path, first)
     part.write_text(text + text.splitlines()[0])
     refused(shards, tmp_path, r"000018-01.jsonl holds the answer of 'best-of-n' to prompt 'p18'")
