@@ -68,7 +68,7 @@ SET = typer.Option(
     help="NAME=VALUE of another setting, such as learning_rate=0.0003. An unknown name lists "
     "all settings. Repeatable.",
 )
-SEED = typer.Option(min=0, help="Random seed of all sampling.")
+SEED = typer.Option(min=0, help="Random seed.")
 TOKENS = typer.Option(min=1, help="Maximum number of tokens per response.")
 COUNT = typer.Option(min=1)
 
@@ -85,7 +85,7 @@ class ModelOptions:
         "embedded", "Tokenizer of a server's model: 'embedded', a Hub name, or a folder."
     )
     num_parameters: int | None = option(
-        None, "Size of a server's model, if the server does not report it; gives FLOPs.", min=1
+        None, "Parameters of a server's model, if it does not report them; sets FLOPs.", min=1
     )
     model: str | None = option(None, "Model to request from a server that lists several.")
     max_wait: float = option(60.0, "Seconds to keep trying while no server answers.", min=0.0)
@@ -248,7 +248,7 @@ class CompareConfig:
     max_response_tokens: int = option(256, TOKENS)
     seed: int = option(0, SEED)
     batch_prompts: int = option(32, COUNT)
-    budget_flops: float | None = option(None, "FLOPs of all models per prompt.")
+    budget_flops: float | None = option(None, "FLOPs that an agent may spend per prompt.")
     budget_seconds: float | None = option(None, "Seconds after which an agent starts no new work.")
     shard: str | None = option(
         None, "Run one shard of the batches, such as '2/3' (the second of three); then `merge`."

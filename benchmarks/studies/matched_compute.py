@@ -104,7 +104,7 @@ class Study:
             (
                 "unit",
                 self.reward_price is None or self.unit != "tokens",
-                "'flops' with a price of the reward, which is free within a budget in tokens",
+                "'flops' with a reward price, because a budget in tokens ignores reward calls",
             ),
         ):
             if not holds:
