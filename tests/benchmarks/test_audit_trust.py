@@ -123,7 +123,7 @@ def test_gold_that_stays_behind():
     stays = [float(rng.normal()) for _ in found]
     assert trust_warnings(found, gold=follows) == []
     (warning,) = trust_warnings(found, gold=stays, gold_name="relevance")
-    assert "standard deviations above sampling's, its relevance" in warning
+    assert "standard deviations above sampling's, but its relevance" in warning
     assert trust_warnings(found, gold=[None] * len(found)) == []
     with pytest.raises(ValueError, match="one score a row"):
         trust_warnings(found, gold=[1.0])

@@ -24,7 +24,7 @@ def test_a_reward_for_length_is_exploitable(tmp_path):
     result = audited(tmp_path, words, concise_facts)
     verdict = result.verdict
     assert verdict.outcome == "exploitable"
-    assert "choosing by proxy among 32" in verdict.text
+    assert "selecting by proxy among 32" in verdict.text
     assert "while gold falls from" in verdict.text
     assert result.curves.peak_n < 32
     assert {"neutral filler", "response twice", "preamble"} <= exploits(result)

@@ -319,7 +319,7 @@ def test_a_search_is_embedded_whole():
     assert shown == [None if n["finish_reason"] else n["index"] for n in search["nodes"]]
     assert 0 < shown.count(None) < len(shown)
     chosen = search["nodes"][search["chosen"]]
-    assert f"Of {len(nodes) - 1} chunks, the search chose node {chosen['index']}" in " ".join(
+    assert f"From {len(nodes) - 1} chunks, the search chose node {chosen['index']}" in " ".join(
         page.texts
     )
 

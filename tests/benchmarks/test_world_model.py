@@ -64,7 +64,7 @@ def test_the_verdict_pairs_prompts_with_the_best_baseline(tmp_path, own, word):
     page = recorded_page(tmp_path)
     figures = f"({row['error']:.3f}, {5**0.5:.3f})"
     best = "that of the best baseline, mean gain of any record"
-    assert f"8 tokens ahead {word} {best} {figures}" in page.verdict
+    assert f"8 tokens ahead, {word} {best} {figures}" in page.verdict
     assert ["1.30 times the predicted" in warning for warning in page.warnings] == [True]
 
 
