@@ -165,7 +165,7 @@ def test_a_reward_in_a_file_that_hangs_for_one_prompt(tmp_path):
     assert failed == {"Second question?"}
     assert "within 0.5 seconds" in next(row["error"] for row in rows if row["score"] is None)
     shown = " ".join(result.output.split())
-    assert "left out: sampling 1, best-of-n:n=2 1" in shown
+    assert "scoring failed: sampling 1, best-of-n:n=2 1" in shown
     assert "400 tokens per prompt" in shown
     free = ["--agents", "sampling", "--num-prompts", 1, "--no-budget", "--out", tmp_path / "free"]
     assert "no budget" in run("compare", *free, *SMALL).output
