@@ -1,9 +1,9 @@
-"""The article's pipeline: collect, fit the predictor, plan against best-of-4, then the loop.
+"""The article's pipeline: collect, fit the predictor, compare with best-of-4, then train.
 
-Source: "Model Based Reinforcement Learning: Tutorial & Examples" (Patronus AI). Models, rewards and
-devices are given; numbers of responses, lengths and LoRA are the article's. What the loop does
-otherwise than there is told by `agents.learning.planned`; the article names no unseen prompt and no
-number of planned answers to learn from, here `_ANSWERS` a prompt.
+Source: "Model Based Reinforcement Learning: Tutorial & Examples" (Patronus AI). The numbers of
+responses, lengths and LoRA settings are the article's; models, rewards and devices are options.
+Deviation: see `agents.learning.planned` for the loop. The article names no unseen prompt and no
+number of planned answers to learn from; here it is `_ANSWERS` per prompt.
 """
 
 from __future__ import annotations
@@ -54,15 +54,15 @@ SEEN_FOLDER, UNSEEN_FOLDER, LOOP, RECORDS = "compare-seen", "compare-unseen", "l
 ABOUT = "article.json"
 _SAMPLES, _ANSWERS = 4, 2
 _CAUTION = (
-    "The loop learns from five prompts and is measured on one more: a policy learns them by heart, "
-    "and no figure here says what it does on others. For that, take 500 or more prompts "
+    "The loop trains on five prompts and is evaluated on one more. The policy memorises them, "
+    "so these figures do not show how it generalises. For that, use 500 or more prompts "
     "(`mbrl-text train expert-iteration --set agent=lookahead --set value=embedding`)."
 )
 _TUNING = FineTuneSettings(batch_size=1, gradient_accumulation=4)
 
 
 def run_article(config: ArticleConfig, judge: RewardOptions, out: Path, console: Console) -> None:
-    """Run the pipeline, or go on with it, in a folder; print and write what came of it."""
+    """Run or resume the pipeline in a folder; print and write the results."""
     if "://" in config.policy:
         raise typer.BadParameter(
             f"--policy: expected a model that is loaded and tuned here, got {config.policy!r}."
@@ -110,7 +110,7 @@ def run_article(config: ArticleConfig, judge: RewardOptions, out: Path, console:
 
 def _run_loop(loop: ExpertIteration, console: Console) -> None:
     with progress_bar(console) as bar:
-        # The base model is only measured and valued.
+        # The base model is only evaluated.
         total = len(STAGES) * (loop.settings.iterations + 1) - 3
         task = bar.add_task("The loop", total=total)
 
@@ -124,7 +124,7 @@ def _run_loop(loop: ExpertIteration, console: Console) -> None:
 
 
 def recorded_page(out: Path) -> Page:
-    """The page of a pipeline that has ended, from its files; damage is a `CompareError`."""
+    """The page of a finished pipeline, from its files; a damaged file is a `CompareError`."""
     with reading(out):
         about = read_json(out / ABOUT)
         folders = [out / SEEN_FOLDER, out / UNSEEN_FOLDER]
@@ -133,7 +133,7 @@ def recorded_page(out: Path) -> Page:
         settings = about.pop("settings")
         page = report.comparison_page(seen, rows, about)
         quality, cost = report.tables(seen)
-        quality.title = f"Seen in the fit: {quality.title}"
+        quality.title = f"Training prompts: {quality.title}"
         apart = table_of(
             (
                 (entry["agent"], f"{entry['mean']:.3f}", f"{entry['generated_tokens']:.0f}")
@@ -141,8 +141,8 @@ def recorded_page(out: Path) -> Page:
             ),
             "agent",
             *numbers("reward", "tokens"),
-            title="Not seen",
-            caption="One prompt has no interval.",
+            title="Unseen prompt",
+            caption="There is no interval for one prompt.",
         )
         return replace(
             page,
@@ -155,13 +155,13 @@ def recorded_page(out: Path) -> Page:
 
 
 def _changed(out: Path) -> Table:
-    """What each iteration of the loop changed."""
+    """A table of the scores before and after each iteration of the loop."""
     shown = Table(
         "loop",
-        *numbers("learned from", "sampling, five prompts", "sampling, unseen", "predictor"),
-        title="What the loop changed",
-        caption="Mean scores of four plain samples to a prompt, and the predictor's correlation "
-        "within a prompt on the unseen one.",
+        *numbers("trained on", "sampling, five prompts", "sampling, unseen", "predictor"),
+        title="Results of the loop",
+        caption="Mean scores of four plain samples per prompt, and the predictor's correlation "
+        "within the unseen prompt.",
     )
     for folder in sorted((out / LOOP).glob("[0-9][0-9]")):
         found = read_json(folder / "scores.json")
@@ -186,14 +186,14 @@ def _needs(config: ArticleConfig, judge: RewardOptions, device: Any) -> list[str
         form = number_format(None, device)
         models.append((source, "AutoModelForSequenceClassification", form))
     answers = _SAMPLES * len(PROMPTS)
-    # What is collected and compared; in each iteration what is planned and sampled.
+    # Collected and compared responses; then planned and sampled ones of each iteration.
     count = answers + 8 * (len(PROMPTS) + 1) + 4
     count += config.iterations * (4 * _ANSWERS * len(PROMPTS) + answers + 5)
     return needs(models, count * config.max_response_tokens, device)
 
 
 def put_on(reward: Any, device: torch.device) -> None:
-    """Have the classifiers and encoders of a reward run on a device; before its first use."""
+    """Put the classifiers and encoders of a reward on a device, before its first use."""
     if isinstance(reward, HubReward):
         reward.device = device
     elif isinstance(reward, RelevanceReward) and reward.encoder is None and device.type != "cpu":
@@ -205,20 +205,20 @@ def put_on(reward: Any, device: torch.device) -> None:
 def needs(
     models: Sequence[tuple[str, str, torch.dtype]], tokens: int, device: torch.device
 ) -> list[str]:
-    """A line for each model, and one of the time.
+    """Estimate memory, one line per model, and time, one line in all.
 
-    `models` are names or folders, the class of transformers that loads each, and its number format.
-    Each reads or writes about `tokens`. Of a model on the Hub only the config is fetched.
+    `models` are names or folders, with the transformers class and number format of each.
+    Each reads or writes about `tokens`. Only the config of a model on the Hub is downloaded.
     """
     lines, seconds = [], 0.0
     for name, kind, dtype in models:
         size = parameters(name, kind)
         if size is None:
-            lines.append(f"{name}: memory and time cannot be told; its config cannot be had.")
+            lines.append(f"{name}: memory and time are unknown: its config cannot be loaded.")
             continue
-        # Tuning adds a copy in float32 where the policy is in another format.
+        # Fine-tuning adds a float32 copy if the policy has another format.
         is_copied = kind.endswith("CausalLM") and dtype != torch.float32
-        more = f", {size * 4 / 1e9:.1f} GB more while it is tuned" if is_copied else ""
+        more = f", {size * 4 / 1e9:.1f} GB more during fine-tuning" if is_copied else ""
         lines.append(
             f"{name}: {size / 1e6:,.1f} million parameters, {size * dtype.itemsize / 1e9:.1f} GB "
             f"of memory on {device} in {str(dtype).removeprefix('torch.')}{more}."
@@ -226,14 +226,14 @@ def needs(
         seconds += size * tokens * _seconds(device, dtype)
     if seconds:
         lines.append(
-            f"At most {tokens:,} tokens are generated and scored: these models take about "
-            f"{seconds / 60:.1f} minutes or more on {device}, as fast as it multiplies now."
+            f"At most {tokens:,} tokens are generated and scored. These models take about "
+            f"{seconds / 60:.1f} minutes or more on {device}, at its present speed."
         )
     return lines
 
 
 def parameters(name: str, kind: str) -> int | None:
-    """How many a model has, from its config alone; None where that cannot be had or read."""
+    """The parameter count of a model, from its config alone; None if that cannot be loaded."""
     import transformers
 
     try:
@@ -245,7 +245,7 @@ def parameters(name: str, kind: str) -> int | None:
 
 
 def _seconds(device: torch.device, dtype: torch.dtype) -> float:
-    """Seconds for a parameter and a token, where 16 responses are generated together."""
+    """Seconds per parameter and token, in a batch of 16 responses."""
     form = torch.float32 if dtype == torch.int8 else dtype
     rows, weights = (torch.ones(n, 2048, dtype=form, device=device) for n in (16, 2048))
     for _ in range(2):

@@ -1,4 +1,4 @@
-"""Where the marks of a chart stand: the geometry of the reports' SVG, which the template draws."""
+"""Compute the geometry of the charts of a report; the template draws them as SVG."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _TICKS = 5
 
 @dataclass(frozen=True)
 class Series:
-    """What one line, or one mark, of a chart shows: an interval of y for each x."""
+    """The data of one line or mark of a chart: an interval of y for each x."""
 
     name: str
     xs: Sequence[float]
@@ -25,7 +25,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Mark:
-    """An estimate with its interval at a place of the SVG; `low` and `high` are pixels too."""
+    """An estimate with its interval; `x`, `y`, `low` and `high` are pixels of the SVG."""
 
     series: int
     name: str
@@ -38,7 +38,7 @@ class Mark:
 
 @dataclass(frozen=True)
 class Tick:
-    """A number on an axis and its place in pixels."""
+    """A label on an axis and its position in pixels."""
 
     place: float
     text: str
@@ -46,10 +46,10 @@ class Tick:
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart, placed: all numbers are pixels of an SVG of `width` and `height`.
+    """A chart in pixels of an SVG of `width` and `height`.
 
-    `bands` are polygons of SVG points by number of the series, `rows` the labels of a chart of
-    intervals beside each other (`of_rows`), `zero` a line to compare with.
+    `bands` and `lines` are SVG points by series index, `rows` the labels of a chart of rows
+    (`of_rows`), `zero` the position of the reference line at 0.
     """
 
     title: str
@@ -78,9 +78,9 @@ def of_curves(
     is_log: bool = False,
     reference: int | None = None,
 ) -> Chart:
-    """Lines with bands; a series of one point is a mark with a bar.
+    """Make a chart of lines with bands; a series of one point is a mark with an error bar.
 
-    `reference` numbers a series of one point whose interval goes over the whole width.
+    `reference` is the index of a one-point series whose interval spans the whole width.
 
     Example:
         >>> chart = of_curves("", "N", "reward", [Series("a", [1.0], [Interval(0.5, 0.4, 0.6)])])
@@ -113,7 +113,7 @@ def of_curves(
 
 
 def of_rows(title: str, x_label: str, rows: Mapping[str, Mapping[str, Interval]]) -> Chart:
-    """Intervals below each other, one or several of each row, by name of the series."""
+    """Make a chart of rows, each with one or more intervals by series name."""
     names = list(dict.fromkeys(name for row in rows.values() for name in row))
     intervals = [i for row in rows.values() for i in row.values()]
     ends = [end for i in intervals for end in (i.estimate, i.low, i.high)]
@@ -144,7 +144,7 @@ def of_rows(title: str, x_label: str, rows: Mapping[str, Mapping[str, Interval]]
 
 
 class _Axis:
-    """Pixels of values between the ends of what is shown."""
+    """Map values to pixels."""
 
     def __init__(
         self, values: Sequence[float], first: float, last: float, *, is_log: bool = False
@@ -164,7 +164,7 @@ class _Axis:
         return math.log2(value) if self.is_log else value
 
     def ticks(self) -> Iterator[Tick]:
-        """Round numbers: 1, 2 or 5 times a power of ten; powers of two on a log axis."""
+        """Ticks at multiples of 1, 2 or 5 times a power of ten; at powers of two on a log axis."""
         rough = (self.high - self.low) / _TICKS
         power = 10.0 ** math.floor(math.log10(rough))
         step = next(size * power for size in (1, 2, 5, 10) if size * power >= rough * (1 - 1e-9))

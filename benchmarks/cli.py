@@ -1,7 +1,7 @@
 """The command line: `mbrl-text`.
 
-Exit codes: 0 if all was done, 1 if prompts were left out, 2 for what the user can change, 130 for
-Ctrl-C.
+Exit codes: 0 for success, 1 if prompts were left out, 2 for an error that the user can fix, 130
+for Ctrl-C.
 """
 
 from __future__ import annotations
@@ -55,10 +55,10 @@ app.command("merge")(merge_command)
 @friendly
 def demo(
     *,
-    out: Path = option(Path("demo-results"), "Folder for what it makes."),
+    out: Path = option(Path("demo-results"), "Output folder."),
     config: options.DemoConfig,
 ) -> None:
-    """Collect, fit the article's value predictor, and compare four agents for two rewards."""
+    """Run the demo: collect, fit the article's value model, compare four agents on two rewards."""
     from mbrl_text_env.benchmarks.demo import find_pace, load, run_demo
 
     pace = find_pace(out, console, config)
@@ -69,11 +69,11 @@ def demo(
 @friendly
 def article_command(
     *,
-    out: Path = option(Path("article"), "Folder for what it makes; goes on if it exists."),
+    out: Path = option(Path("article"), "Output folder; an existing run is resumed."),
     config: options.ArticleConfig,
     judge: options.RewardOptions = _ARTICLE,
 ) -> None:
-    """Run the article: collect, fit, plan against best-of-4, then the loop; can be resumed."""
+    """Run the article's pipeline: collect, fit, compare with best-of-4, train. Can be resumed."""
     from mbrl_text_env.benchmarks.article import run_article
 
     run_article(config, judge, out, console)
@@ -83,18 +83,18 @@ def article_command(
 @friendly
 def world_model_report_command(
     *,
-    folder: Annotated[Path, typer.Argument(help="Of a world model (`fit --kind world-model`).")],
-    records: Path = option(..., "Records of prompts that it was not fitted on."),
+    folder: Annotated[Path, typer.Argument(help="World model, by `fit --kind world-model`.")],
+    records: Path = option(..., "Records of prompts that the world model was not fitted on."),
     shift: list[Path] | None = option(
-        None, "Records of other kinds of prompts, or of another policy; repeatable."
+        None, "Records of other kinds of prompts, or of another policy. Repeatable."
     ),
-    horizons: str = option("8,16,32", "Tokens ahead, with commas."),
-    prefix_tokens: int = option(16, "Tokens to look ahead from.", min=1),
+    horizons: str = option("8,16,32", "Horizons in tokens, comma-separated."),
+    prefix_tokens: int = option(16, "Tokens of the prefix that predictions start from.", min=1),
     seed: int = option(0, options.SEED),
-    out: Path = option(Path("world-model-report"), "Folder of the report."),
+    out: Path = option(Path("world-model-report"), "Output folder of the report."),
     model: options.ModelOptions,
 ) -> None:
-    """Errors, calibration and disagreement of a world model, by how far it looks ahead."""
+    """Report errors, calibration and disagreement of a world model by horizon."""
     from mbrl_text_env.benchmarks.reports import write_report
     from mbrl_text_env.benchmarks.world_model import report_horizons
 
@@ -111,19 +111,19 @@ def compare_command(
     config: options.CompareConfig = _COMPARE,
     judge: options.RewardOptions,
     num_prompts: int = option(16, options.COUNT),
-    out: Path = option(Path("comparison"), "Folder of the comparison; resumed if it exists."),
+    out: Path = option(Path("comparison"), "Output folder; an existing comparison is resumed."),
     model: options.ModelOptions,
     prompts: options.PromptOptions,
     gold: str | None = option(
-        None, "A trusted reward that no agent sees; it scores the answers too."
+        None, "A trusted reward that no agent sees; the answers are scored with it too."
     ),
     reward_price: str | None = option(None, options.PRICE),
-    no_budget: bool = option(False, "No budget where none is given.", "--no-budget"),
+    no_budget: bool = option(False, "Do not apply the default token budget.", "--no-budget"),
     value: str = option("prefix", options.VALUE),
     policy: list[str] | None = option(None, options.POLICY),
     machines: RayOptions,
 ) -> None:
-    """Compare agents on the same held-out prompts, budget and seed; can be killed and resumed."""
+    """Compare agents on the same prompts, budget and seed. Can be resumed."""
     from mbrl_text_env.benchmarks.compare import Comparison, compare_with_progress
     from mbrl_text_env.benchmarks.report import table
 
@@ -132,8 +132,8 @@ def compare_command(
         config = replace(config, budget_tokens=options.DEFAULT_TOKENS)
     if reward_price is not None and config.budget_flops is None and config.budget_tokens:
         raise typer.BadParameter(
-            "--reward-price: expected a budget that sees it (--budget-flops), got one in tokens "
-            "alone, within which reward calls are free. Give --budget-flops too, or instead."
+            "--reward-price: expected a budget in FLOPs (--budget-flops), got only one in tokens, "
+            "which does not count reward calls. Give --budget-flops too, or instead."
         )
     reward = judge.load()
     asked = prompts.choose(num_prompts, reward, config.seed)
@@ -168,18 +168,18 @@ def compare_command(
 @friendly
 def collect_command(
     *,
-    out: Path = option(..., "Records folder; resumed if it exists."),
+    out: Path = option(..., "Records folder; an existing one is resumed."),
     judge: options.RewardOptions,
     num_prompts: int = option(48, options.COUNT),
-    samples: int = option(4, "Responses to each prompt.", min=1),
+    samples: int = option(4, "Responses per prompt.", min=1),
     max_response_tokens: int = option(96, options.TOKENS),
     seed: int = option(0, options.SEED),
-    batch_prompts: int = option(16, "Prompts sampled together.", min=1),
+    batch_prompts: int = option(16, "Prompts per batch.", min=1),
     model: options.ModelOptions,
     prompts: options.PromptOptions = _TRAIN,
     machines: RayOptions,
 ) -> None:
-    """Sample responses and write them down with their scores; can be killed and resumed."""
+    """Sample responses, score them and save both as records. Can be resumed."""
     from mbrl_text_env.benchmarks.demo import collect_with_progress
     from mbrl_text_env.benchmarks.reports import write_records_report
 
@@ -203,7 +203,7 @@ def collect_command(
     added = sum(len(missing[name]) for name in left if name not in failed)
     console.print(
         f"{added} responses to {len(left) - len(failed)} prompts added "
-        f"({len(chosen) - len(left)} prompts were there, {len(failed)} could not be scored): "
+        f"({len(chosen) - len(left)} prompts were complete, {len(failed)} could not be scored): "
         f"{out.resolve()}"
     )
     console.print(f"Report: {write_records_report(out, failed)}")
@@ -213,16 +213,14 @@ def collect_command(
 @app.command("report")
 @friendly
 def report_command(
-    folder: Annotated[
-        Path, typer.Argument(help="What a command that writes a report has had as its --out.")
-    ],
+    folder: Annotated[Path, typer.Argument(help="The --out of the command that wrote the report.")],
     out: Path | None = option(
         None,
-        "The HTML file, by default where the run has written it; a file that ends in .md "
-        "gets the answers side by side.",
+        "Output file; default: the run's own report.html. A file that ends in .md gets the "
+        "answers side by side.",
     ),
 ) -> None:
-    """Make the HTML report of a run again, from what is in its folder."""
+    """Write the HTML report of a run again, from the files in its folder."""
     from mbrl_text_env.benchmarks.reports import write_report
 
     with _written("--out", out or folder):
@@ -235,21 +233,21 @@ def report_command(
 def fit_command(
     *,
     records: Path = option(..., "Records folder, as written by `collect`."),
-    out: Path = option(..., "Folder for the value model."),
+    out: Path = option(..., "Output folder of the value model."),
     kind: str = option(
         "stacked",
         "'embedding' (the article's), 'calibrated' (the reward of the prefix), 'stacked', "
-        "'hidden-state', 'world-model' or 'token-embedding' (little to compute).",
+        "'hidden-state', 'world-model' or 'token-embedding' (cheapest).",
     ),
     model: options.ModelOptions,
     max_response_tokens: int = option(96, options.TOKENS),
     seed: int = option(0, options.SEED),
     reward: str | None = option(
-        None, "The reward that scored the records; by default found by the name in them."
+        None, "The reward that scored the records; default: found by its name in the records."
     ),
     reward_timeout: float = option(600.0, options.TIMEOUT),
 ) -> None:
-    """Fit a value model on scored records, for the reward that scored them."""
+    """Fit a value model to scored records, for the reward that scored them."""
     from mbrl_text_env.agents.values import (
         FITTED,
         WORLD_MODEL,
@@ -281,7 +279,7 @@ def fit_command(
     if isinstance(value, FittedValue):
         console.print(fit_table(value, name))
     else:
-        # It knows no reward, and is for all that are on counts.
+        # A world model knows no reward: it serves every reward that is computed from counts.
         wanted = "REWARD --agents best-of-n,beam"
     console.print(f"Use it with `mbrl-text compare --reward {wanted} --value {out}`.")
 
@@ -316,15 +314,15 @@ def rewards_command() -> None:
 @app.command("agents")
 @friendly
 def agents_command() -> None:
-    """List agents and their options, which stand behind a name as in 'best-of-n:n=8'."""
+    """List agents and their options, which follow the name as in 'best-of-n:n=8'."""
     from mbrl_text_env.agents.registry import SHARED_OPTIONS, available, options_of
 
     rows = []
     for name, description in available().items():
         own = (f"{key}={'' if v is None else v}" for key, v in options_of(name).items())
         rows.append((name, description, " ".join(own)))
-    caption = f"All have {', '.join(SHARED_OPTIONS)} too. What has no default here follows from "
-    caption += "the budget, the prompt or the policy."
+    caption = f"All agents also have {', '.join(SHARED_OPTIONS)}. An option without a default "
+    caption += "depends on the budget, the prompt or the policy."
     names = ("name", "what it does", "options")
     console.print(table_of(rows, *names, title="Agents", show_lines=True, caption=caption))
 
@@ -332,7 +330,7 @@ def agents_command() -> None:
 @app.command("doctor")
 @friendly
 def doctor_command() -> None:
-    """Show versions, devices and number formats here, and what is missing for which feature."""
+    """Show versions, devices, fast number formats, and which features are missing."""
     from mbrl_text_env.benchmarks.doctor import diagnosis
 
     for each in diagnosis():
@@ -344,8 +342,8 @@ def doctor_command() -> None:
 @friendly
 def models_command(
     *,
-    remove: str | None = option(None, "Take this model out of the cache, after a question."),
-    yes: bool = option(False, "Remove without the question.", "--yes"),
+    remove: str | None = option(None, "Remove this model from the cache, after confirmation."),
+    yes: bool = option(False, "Remove without confirmation.", "--yes"),
 ) -> None:
     """List the models in the Hugging Face cache with their sizes, or remove one."""
     from mbrl_text_env.benchmarks.doctor import models_kept, remove_model
@@ -362,7 +360,7 @@ def models_command(
             f"{remove!r}."
         )
     elif yes or typer.confirm(f"Remove {remove} ({sizes[remove] / 1e6:,.1f} MB) from {folder}?"):
-        console.print(f"{remove_model(remove) / 1e6:,.1f} MB are free again.")
+        console.print(f"{remove_model(remove) / 1e6:,.1f} MB freed.")
 
 
 @app.command("search")
@@ -372,7 +370,7 @@ def search_command(
     prompt: Annotated[
         str, typer.Argument(help="The prompt's text, or the id of one of --prompts.")
     ],
-    agent: str = option("adaptive", "A planner with its options."),
+    agent: str = option("adaptive", "The planner, with its options."),
     judge: options.RewardOptions,
     value: str = option("prefix", options.VALUE),
     budget_tokens: int = option(400, options.COUNT),
@@ -380,14 +378,14 @@ def search_command(
     seed: int = option(0, options.SEED),
     model: options.ModelOptions,
     prompts: options.PromptOptions = _ANY_SPLIT,
-    children: int = option(4, "Children shown of a node.", min=1),
-    json_file: Path | None = option(None, "Write the whole search there, as JSON.", "--json"),
-    picture_file: Path | None = option(None, "Draw the whole search there, as PNG.", "--picture"),
+    children: int = option(4, "Children to show per node.", min=1),
+    json_file: Path | None = option(None, "Write the whole search to this JSON file.", "--json"),
+    picture_file: Path | None = option(None, "Draw the whole search as this PNG.", "--picture"),
     html_file: Path | None = option(
-        None, "Write the whole search there, as a page to step through.", "--html"
+        None, "Write the whole search to this HTML file, to step through.", "--html"
     ),
 ) -> None:
-    """Answer a prompt with a planner and show its search: chunks, values, what was chosen, why."""
+    """Answer a prompt with a planner and show its search tree: chunks, values and choices."""
     from mbrl_text_env.agents.registry import AgentSpecError, make
     from mbrl_text_env.agents.search import Planner
     from mbrl_text_env.benchmarks.page import provenance, write_page
@@ -401,7 +399,7 @@ def search_command(
     values = options.load_value_option(value, reward, language_model, limit, seed)
     planner = make(agent, language_model, reward, values, max_response_tokens=limit)
     if not isinstance(planner, Planner):
-        raise AgentSpecError(f"Agent {agent!r} does not search: expected a planner.")
+        raise AgentSpecError(f"Agent {agent!r} does not search. Give a planner.")
     [(answer, tree)] = planner.explore([asked], Budget(tokens=budget_tokens), seed=seed)
     search = tree.to_dict(language_model)
     console.print(draw_tree(search, most_children=children))
@@ -431,14 +429,14 @@ def search_command(
 def audit_command(
     *,
     config: options.AuditConfig,
-    out: Path = option(Path("audit"), "Folder of the audit; resumed if it exists."),
+    out: Path = option(Path("audit"), "Output folder; an existing audit is resumed."),
     pool: Path | None = option(
-        None, "Records folder to take the responses from; missing ones are added."
+        None, "Records folder to take responses from; missing responses are added to it."
     ),
     model: options.ModelOptions,
     prompts: options.PromptOptions,
 ) -> None:
-    """Audit a reward: does choosing by it raise another that is trusted? Can be resumed."""
+    """Audit a reward: does selecting by it also raise a trusted one? Can be resumed."""
 
     from mbrl_text_env.benchmarks.audit.run import Audit, choose_for_both, run_audit
     from mbrl_text_env.benchmarks.audit.view import summary
@@ -476,7 +474,7 @@ def _exit_complete(is_complete: bool) -> None:
 
 @contextmanager
 def _written(option: str, path: Path) -> Iterator[None]:
-    """Name the option of a file that cannot be written."""
+    """Report a file that cannot be written under the name of its option."""
     try:
         yield
     except OSError as error:
@@ -486,7 +484,7 @@ def _written(option: str, path: Path) -> Iterator[None]:
 
 
 def _reward_of(name: str, spec: str | None, timeout: float) -> Any:
-    """The reward that scored records, or its name alone where it cannot be made from that."""
+    """The reward that scored the records, or only its name if it cannot be made from that."""
     from mbrl_text_env.records import RecordsError
     from mbrl_text_env.rewards import RewardSpecError
     from mbrl_text_env.rewards.base import reward_name
@@ -499,7 +497,7 @@ def _reward_of(name: str, spec: str | None, timeout: float) -> Any:
     reward_model = options.RewardOptions(reward=spec, reward_timeout=timeout).load()
     if reward_name(reward_model) != name:
         raise RecordsError(
-            f"--reward {spec!r} is called {reward_name(reward_model)!r}, and the records were "
+            f"--reward {spec!r} is called {reward_name(reward_model)!r}, but the records were "
             f"scored by {name!r}. Give the reward that scored them."
         )
     return reward_model
@@ -507,15 +505,15 @@ def _reward_of(name: str, spec: str | None, timeout: float) -> Any:
 
 @dataclass
 class _NameOfReward:
-    """The reward that scored records, by name only, for values that do not call it."""
+    """A reward known only by its name, for value models that do not call it."""
 
     name: str
 
     def score(self, prompts: Any, responses: Any) -> Any:
-        """Refuse."""
+        """Raise: the reward is not available."""
         raise ValueError(
-            f"the records say no more of their reward than the name {self.name!r}, and this kind "
-            "of value scores prefixes by it: pass --reward, as it was given to `collect`"
+            f"the records hold only the name of their reward, {self.name!r}, and this kind of "
+            "value model scores prefixes with the reward: pass --reward, as given to `collect`"
         )
 
 

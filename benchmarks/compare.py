@@ -1,11 +1,11 @@
-"""Run agents on the same prompts at the same budget with the same seed.
+"""Compare agents on the same prompts, budget and seed.
 
-A comparison is a folder. The rows of a batch of prompts are written as a whole, so a run that was
-killed goes on with what is missing or damaged and ends with the same rows. More prompts are added
-to those that are there; fewer are read.
+A comparison is a folder. Rows are written by batch of prompts. A resumed run computes what is
+missing or damaged, and ends with the same rows. A run with more prompts adds them to the folder;
+one with fewer reads them from it.
 
-A prompt whose answers cannot be scored costs that prompt alone: its row has the error and no score,
-it is left out on both sides of every paired difference, and it is counted.
+If an answer cannot be scored, only its prompt is lost: the row has the error and no score, the
+prompt is left out on both sides of every paired difference, and it is counted.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ OnBatch = Callable[[str, int, list[Row]], None]
 RESULTS, SUMMARY, REPORT, PARTS = "results.jsonl", "summary.json", "report.html", "parts"
 _ABOUT = "run.json"
 _FORMAT = 2
-# So often at most is the report of a run that goes on written.
+# Minimum seconds between reports of a running comparison.
 _REPORT_SECONDS = 15.0
 _MEANS = ("generated_tokens", "prompt_tokens", "reward_calls", "value_calls", "flops")
 
@@ -69,11 +69,10 @@ _MEANS = ("generated_tokens", "prompt_tokens", "reward_calls", "value_calls", "f
 class Comparison:
     """The parts of a comparison.
 
-    The agents, which share the language model unless they name one of `policies`, and the reward
-    model, answer all prompts; texts stand for prompts, and ids differ. `value_model` may be several
-    by name (see `agents.registry.make`). No agent sees the `gold_model`, which scores the answers
-    too where it applies, so that a reward that is being exploited shows. `labels` are what else
-    belongs into the config file.
+    Agents use the language model, or one of `policies` if their spec names it. `prompts` can be
+    strings; ids must be unique. `value_model` can be a mapping by name (see
+    `agents.registry.make`). The `gold_model` also scores the answers that it applies to, to reveal
+    reward exploitation; no agent sees it. `labels` are further entries of the config file.
     """
 
     config: CompareConfig
@@ -95,7 +94,7 @@ class Comparison:
         if repeated:
             raise CompareError(
                 f"Expected prompts with different ids, got {repeated[:5]} more than once. Answers "
-                "are paired by the prompt's id: leave out the repetitions, or rename them."
+                "are paired by prompt id: remove the duplicates, or rename them."
             )
 
     def agent(self, spec: str) -> Agent:
@@ -110,22 +109,22 @@ class Comparison:
         )
 
     def batches(self) -> dict[int, Sequence[Prompt]]:
-        """The prompts that are answered together, by the place of the first: those of the shard.
+        """The batches of the shard, by the index of their first prompt.
 
-        What an answer takes depends on its batch, so that shards are made of whole batches.
+        The cost of an answer depends on its batch, so shards consist of whole batches.
         """
         size, (shard, shards) = self.config.batch_prompts, self.config.shard_of
         starts = range(0, len(self.prompts), size)
         if shards > len(starts):
             raise CompareError(
-                f"shard: expected at most as many shards as there are batches, {len(starts)} (of "
-                f"{size} prompts; {len(self.prompts)} in all), got {self.config.shard}. Ask for "
-                "fewer, or lower --batch-prompts for all of them."
+                f"shard: expected no more shards than batches, which are {len(starts)} (of "
+                f"{size} prompts; {len(self.prompts)} in all), got {self.config.shard}. Use fewer "
+                "shards, or lower --batch-prompts for all of them."
             )
         return {start: self.prompts[start : start + size] for start in starts[shard - 1 :: shards]}
 
     def record(self) -> dict[str, Any]:
-        """What was compared, for people."""
+        """A readable description of the comparison."""
         policies = {name: model.name for name, model in self.policies.items()}
         config = json.loads(json.dumps(asdict(self.config)))
         if self.config.shard is None:
@@ -142,7 +141,7 @@ class Comparison:
         }
 
     def depends_on(self) -> dict[str, Any]:
-        """Whatever the rows depend on: the content of the config file."""
+        """The content of the config file: all that the rows depend on."""
         parts = ("language_model", "reward_model", "value_model", "gold_model", "policies")
         return {
             **self.record(),
@@ -161,12 +160,12 @@ def compare(
     """Run or resume a comparison and write `results.jsonl`, `summary.json` and `report.html`.
 
     Returns the content of `summary.json`. `on_batch` is called with spec, number of prompts and
-    rows after each batch. The report is written as the run goes, too. `each` says where the batches
-    are answered (`RayWorkers`).
+    rows after each batch. The report is also written during the run. `each` runs the batches, for
+    example on `RayWorkers`.
 
     Raises:
-        CompareError: The folder holds another comparison, or an agent got no prompt scored.
-        BudgetError: The budget allows no complete response.
+        CompareError: The folder holds another comparison, or an agent has no scored prompt.
+        BudgetError: The budget is too small for a complete response.
     """
     folder = Path(out)
     record = comparison.record()
@@ -178,7 +177,7 @@ def compare(
         so_far[spec].extend(made)
         is_late = spec == comparison.config.agents[-1] and all(so_far.values())
         if is_late and time.monotonic() - written > _REPORT_SECONDS:
-            # No agent has a score yet: there is nothing to show.
+            # An agent without a score yet is a `CompareError`: skip the report.
             with writing(folder, CompareError), suppress(CompareError):
                 page = comparison_page(_summary(record, so_far), _flat(so_far), about)
                 write_page(folder / REPORT, page)
@@ -193,7 +192,7 @@ def compare(
 def write_results(
     folder: Path, record: Mapping[str, Any], rows: Mapping[str, list[Row]], about: dict[str, Any]
 ) -> dict[str, Any]:
-    """Write what `compare` makes of the rows by agent, and return the summary."""
+    """Write the results and the report from the rows by agent, and return the summary."""
     flat = _flat(rows)
     with writing(folder, CompareError):
         write_rows(folder / RESULTS, flat)
@@ -205,7 +204,7 @@ def write_results(
 
 
 def recorded_page(folder: Path) -> Page:
-    """The page of a comparison that has ended, from its files.
+    """Make the page of a finished comparison, from its files.
 
     Raises:
         CompareError: A file is damaged.
@@ -232,7 +231,7 @@ def _summary(record: Mapping[str, Any], rows: Mapping[str, Sequence[Row]]) -> di
 def compare_with_progress(
     comparison: Comparison, out: Path, console: Console, each: Each = in_turn
 ) -> dict[str, Any]:
-    """`compare` with a progress bar."""
+    """Run `compare` with a progress bar."""
     total = len(comparison.config.agents) * sum(map(len, comparison.batches().values()))
     with progress_bar(console) as bar:
         task = bar.add_task("Comparing", total=total)
@@ -273,11 +272,11 @@ def run(
                     jobs.append((spec, missing))
                 else:
                     tell(spec, batch)
-        # The prompts go with the jobs.
+        # Each job carries its own prompts.
         answer = partial(_answers, replace(comparison, prompts=()), agents)
         for job, made in each(answer, jobs):
             name, batch = places[job]
-            # With other prompts the part may hold rows of another batch: they stay.
+            # After a run with other prompts, the part can hold rows of another batch: keep them.
             parts[name] = [*parts.get(name, []), *made]
             with writing(folder, CompareError):
                 write_rows(folder / PARTS / name, parts[name])
@@ -290,16 +289,16 @@ def run(
 def _answers(
     comparison: Comparison, agents: Mapping[str, Agent], job: tuple[str, Sequence[Prompt]]
 ) -> list[Row]:
-    """Rows of a batch; prompts whose answers cannot be scored have an error in theirs."""
+    """Rows of a batch; the row of a prompt that cannot be scored has the error."""
     spec, prompts = job
     config, agent, budget = comparison.config, agents[spec], comparison.config.budget
 
     def answer(some: Sequence[Prompt]) -> list[Row]:
-        # No agent lives on prefixes that another one computed, and a run that is resumed computes
-        # what it would have computed at once.
+        # Agents must not use prefixes that another agent computed, and a resumed run must compute
+        # the same as an uninterrupted one.
         agent.language_model.clear_cache()
         generations = agent.generate(some, budget, seed=config.seed)
-        # Agents that asked for no score are judged here. That is the comparison's work, not theirs.
+        # Score the answers of agents that did not; this does not count as their usage.
         scores = _scored(comparison.reward_model, generations)
         rows = [
             {
@@ -343,7 +342,7 @@ def _scored(reward_model: RewardModel, generations: Sequence[Generation]) -> Sco
 
 
 def _gold_scores(gold: RewardModel, generations: Sequence[Generation]) -> list[float | None]:
-    """The gold score of each answer; None where it does not apply or fails."""
+    """The gold score of each answer; None if the gold does not apply or fails."""
     places = [i for i, g in enumerate(generations) if applies_to(gold, g.prompt)]
     results = isolate_failures(
         lambda some: _scored(gold, [generations[i] for i in some]).total.tolist(), places
@@ -371,7 +370,7 @@ def _outcome(generation: Generation, tokenizer: Tokenizer) -> Row:
 
 
 def read_parts(folder: Path) -> dict[str, list[Row]]:
-    """The rows of each part; lines that are damaged or cut off are left out."""
+    """Read the rows of each part, without damaged or truncated lines."""
     parts = {}
     for path in sorted(folder.glob("*.jsonl")):
         lines = path.read_bytes().decode("utf-8", "replace").split("\n")
@@ -404,10 +403,10 @@ def write_rows(path: Path, rows: Sequence[Row]) -> None:
 
 
 def summarise(rows: Mapping[str, Sequence[Row]]) -> list[dict[str, Any]]:
-    """One entry an agent: mean score with its interval, paired with best-of-N, and what it cost.
+    """Summarise each agent: mean score with its interval, difference from best-of-N, and cost.
 
     Raises:
-        CompareError: All prompts of an agent have failed.
+        CompareError: No prompt of an agent could be scored.
     """
     scored = {
         spec: {row["prompt_id"]: row for row in own if row["score"] is not None}
@@ -445,7 +444,7 @@ def _mean(values: Iterable[float]) -> float:
 
 
 def _paired(scored: dict[str, Row], reference: dict[str, Row]) -> dict[str, Any] | None:
-    """The difference to the reference over the prompts that both have a score for."""
+    """The difference from the reference over the prompts that both have a score for."""
     both = [prompt_id for prompt_id in scored if prompt_id in reference]
     if not both:
         return None

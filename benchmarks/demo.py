@@ -1,8 +1,8 @@
-"""The demonstration: collect, fit the article's value predictor, compare planners with best-of-N.
+"""The demo: collect, fit the article's value model, compare planners with best-of-N.
 
-Everything is real: the embedded language model writes, two reward models judge, and the comparison
-is on prompts that the predictor has not seen. It ends with how many times a planner's compute
-best-of-N needs for the same reward.
+It runs the embedded language model and two reward models, and compares on prompts that the value
+model was not fitted on. At the end it reports how many times a planner's compute best-of-N needs
+for the same reward.
 """
 
 from __future__ import annotations
@@ -38,24 +38,24 @@ from mbrl_text_env.rewards.base import RewardModel
 from mbrl_text_env.types import Prompt
 
 REWARDS = ("sentiment", "relevance")
-# Of an agent for each prompt, in responses of full length.
+# Budget per agent and prompt, in responses of full length.
 _BUDGET = 400 / 96
-# The product that number formats are tried out on: rows of a batch, inputs and outputs. It is that
-# of SmolLM2's largest layer, whose weights no cache holds.
+# The matrix product that number formats are timed on: rows of a batch, inputs and outputs. It is
+# that of SmolLM2's largest layer, whose weights do not fit in a CPU cache.
 _PRODUCT = (48, 576, 49152)
-# Responses, and tokens of each, that the fastest format is timed on.
+# Responses, and tokens per response, to time the fastest format on.
 _TIMED = (16, 8)
-# What a demonstration may take, what of it is not sampling, and how much faster its batches, which
-# are larger, are than what is tried out (measured on two x86 cores without AVX-512).
+# Time limit of the demo, the part of it that is not sampling, and the speedup of its larger batches
+# over the timed ones (measured on two x86 cores without AVX-512).
 _SECONDS, _OTHER_SECONDS, _FASTER = 230, 40, 1.24
-# Tokens of a response: planners choose every 16, and fewer than four chunks are no search.
+# Tokens per response: planners choose every 16, and a search needs four chunks or so.
 _SHORTEST, _LONGEST = 56, 96
 AGENTS = ("sampling", "best-of-n", "lookahead:value=embedding", matched.DEFAULT_PLANNER)
 
 
 @dataclass(frozen=True)
 class Pace:
-    """The number format that is fastest on this processor, and what fits the time in it."""
+    """The fastest number format on this processor, and the demo that fits in the time limit."""
 
     dtype: str
     rewards: Sequence[str]
@@ -65,10 +65,10 @@ class Pace:
 
 
 def find_pace(out: Path, console: Console, config: DemoConfig) -> Pace:
-    """Try out number formats on a product, and choose rewards and the length of responses.
+    """Time number formats on a product, and choose rewards and the length of responses.
 
-    What is found is kept in `out`, so that a run that goes on has the same. Rewards under the
-    formats do not differ measurably (docs/language_models.md).
+    The result is kept in `out`, so that a resumed run uses the same. Rewards do not differ
+    measurably between formats (docs/language_models.md).
     """
     path = out / "pace.json"
     if path.is_file():
@@ -77,28 +77,28 @@ def find_pace(out: Path, console: Console, config: DemoConfig) -> Pace:
             return Pace(**{**kept, "rewards": tuple(kept["rewards"])})
         except (ValueError, KeyError, TypeError) as error:
             raise CompareError(
-                f"{path}: expected what an earlier run found, got a damaged file "
-                f"({type(error).__name__}: {error}). Delete it, and it is found anew."
+                f"{path}: expected the timings of an earlier run, got a damaged file "
+                f"({type(error).__name__}: {error}). Delete it to measure again."
             ) from error
-    console.print("Trying out which number format is the fastest here ...")
+    console.print("Finding the fastest number format ...")
     seconds = {dtype: _product_seconds(dtype) for dtype in ("float32", "bfloat16", "int8")}
     best = min(seconds, key=lambda dtype: seconds[dtype])
     rate = _rate(load(best))
     pace = Pace(best, *fit_in_time(rate, config), rate)
     shown = ", ".join(f"{dtype} {1e3 * each:.0f}" for dtype, each in seconds.items())
     console.print(
-        f"Milliseconds of a product here: {shown}. The demonstration runs in {best}, which makes "
-        f"{rate:.0f} tokens a second. What fits in four minutes: {' and '.join(pace.rewards)}, "
-        f"with {pace.max_response_tokens} tokens a response."
+        f"Milliseconds per matrix product: {shown}. The demo runs in {best}, at "
+        f"{rate:.0f} tokens per second. In four minutes it can run: {' and '.join(pace.rewards)}, "
+        f"with {pace.max_response_tokens} tokens per response."
     )
     write_text(path, json.dumps(asdict(pace)))
     return pace
 
 
 def fit_in_time(tokens_a_second: float, config: DemoConfig) -> tuple[Sequence[str], int, int]:
-    """The rewards, the samples of best-of-N's pool, and the tokens of a response for four minutes.
+    """Rewards, samples of best-of-N's pool and tokens per response that fit in four minutes.
 
-    Fewer prompts would save little: batches would be smaller, and have as many steps.
+    Fewer prompts would save little: batches would be smaller, with the same number of steps.
     """
     tokens = (_SECONDS - _OTHER_SECONDS) * _FASTER * tokens_a_second
     most = config.pool_samples
@@ -111,13 +111,13 @@ def fit_in_time(tokens_a_second: float, config: DemoConfig) -> tuple[Sequence[st
 
 
 def load(dtype: str) -> LanguageModel:
-    """The embedded language model in this number format."""
-    # A laptop has other things to keep in memory; the demonstration is hardly faster with more.
+    """Load the embedded language model in this number format."""
+    # Leave memory to other programs on a laptop; more makes the demo hardly faster.
     return embedded(kv_bytes=768 << 20, dtype=dtype)
 
 
 def _product_seconds(dtype: str) -> float:
-    """Of the better of two products in this format."""
+    """Seconds of the faster of two products in this format."""
     rows, inputs, outputs = _PRODUCT
     layer, x = torch.nn.Linear(inputs, outputs, bias=False), torch.ones(rows, inputs)
     best = math.inf
@@ -133,7 +133,7 @@ def _product_seconds(dtype: str) -> float:
 
 
 def _rate(language_model: LanguageModel) -> float:
-    """Tokens a second, of the better of two tries."""
+    """Tokens per second, the better of two runs."""
     [prompt] = load_prompts(split="validation", limit=1)
     state, rates = initial(prompt, language_model), []
     for seed in range(2):
@@ -151,12 +151,12 @@ def run_demo(
     config: DemoConfig,
     pace: Pace,
 ) -> dict[str, dict[str, Any]]:
-    """Run or resume the demonstration and print it; returns each reward's summary.
+    """Run or resume the demo and print it; returns each reward's summary.
 
-    `pace` is for where `config` gives no length; where it gives one, both rewards are compared.
+    `pace` applies if `config` gives no response length; if it gives one, both rewards are compared.
     """
     if any(out.glob("records-*")):
-        console.print(f"Going on in {out}: what an earlier run has finished is not run again.")
+        console.print(f"Resuming in {out}: finished steps are not run again.")
     rewards: Sequence[str] = REWARDS
     longest = config.max_response_tokens
     if longest is None:
@@ -192,9 +192,9 @@ def collect_with_progress(
     samples: int,
     **options: Any,
 ) -> tuple[dict[str, list[int]], dict[str, str]]:
-    """`collect`, which takes the options, with a progress bar.
+    """Run `collect` with these options and a progress bar.
 
-    Returns the samples of each prompt that were missing, and the prompts that failed and why.
+    Returns the samples of each prompt that were missing, and the errors of prompts that failed.
     """
     with progress_bar(console) as bar, RecordWriter(folder) as writer:
         missing = missing_samples(writer.existing(), prompts, samples)
@@ -208,11 +208,11 @@ def collect_with_progress(
 
 
 def fitted_on(value: FittedValue) -> str:
-    """How a value model was fitted, and how good it is, in one sentence."""
+    """Describe the fit and quality of a value model in one sentence."""
     found = value.report_
     return (
-        f"fitted on {found.num_records} responses to {found.num_prompts} prompts; on prompts left "
-        f"out its correlation with the score is {found.correlation:.2f}, within a prompt "
+        f"fitted on {found.num_records} responses to {found.num_prompts} prompts; on held-out "
+        f"prompts its correlation with the score is {found.correlation:.2f}, and within a prompt "
         f"{found.within_prompt:.2f}."
     )
 
@@ -228,7 +228,7 @@ class _Demo:
     budget_tokens: int
 
     def collect(self) -> None:
-        """Sample once; the second reward scores the same responses."""
+        """Sample once; all rewards score the same responses."""
         config = self.config
         first, *others = self.rewards
         reward, every = make(first), load_prompts(split="train")
@@ -250,14 +250,14 @@ class _Demo:
                 rescore(source, make(name), target)
 
     def place(self, name: str) -> Path:
-        """Folder of a reward's comparison."""
+        """The folder of a reward's comparison."""
         return self.out / f"compare-{name}"
 
     def rows(self, name: str) -> list[compare.Row]:
         return compare.read_rows(self.place(name) / compare.RESULTS)
 
     def compared(self, name: str) -> dict[str, Any]:
-        """The summary of a reward's comparison, with multipliers."""
+        """Compare agents on a reward; returns the summary, with multipliers."""
         config, reward = self.config, make(name)
         comparison = compare.Comparison(
             CompareConfig(
@@ -280,22 +280,22 @@ class _Demo:
     def _fit(self, name: str) -> EmbeddingValue:
         value = EmbeddingValue(self.language_model).fit(read_records(self.out / f"records-{name}"))
         value.save(self.out / f"value-{name}")
-        self.console.print(f"Value predictor for {name!r}: {fitted_on(value)}")
+        self.console.print(f"Value model for {name!r}: {fitted_on(value)}")
         return value
 
     def _multipliers(self, comparison: compare.Comparison, name: str) -> list[dict[str, Any]]:
-        """What best-of-N needs to come up to each agent, from a pool that the rewards share."""
+        """The compute that best-of-N needs to match each agent, from a shared pool."""
         config = self.config
         with progress_bar(self.console) as bar:
             total = len(comparison.prompts) * config.pool_samples
-            task = bar.add_task("Sampling what best-of-N would at any N", total=total)
+            task = bar.add_task("Sampling the pool of best-of-N", total=total)
             records = fill_pool(
                 self.out / "pool",
                 self.language_model,
                 comparison.prompts,
                 samples=config.pool_samples,
                 max_response_tokens=self.max_response_tokens,
-                # An agent is not compared with its own samples.
+                # Agents must not be compared with their own samples.
                 seed=config.seed + 1,
                 on_batch=lambda count: bar.advance(task, count),
             )

@@ -1,4 +1,4 @@
-"""What this machine has for the package: versions, devices, formats, features; and models kept."""
+"""Diagnose the installation: versions, devices, number formats, features, cached models."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ _FEATURES = {
     "rl": "PPO and DQN",
     "train": "GRPO, RLOO and expert iteration",
     "server": "language models on servers",
-    "serve": "a server whose answers are searched for",
+    "serve": "an OpenAI-compatible server",
     "data": "data sets and generated puzzles",
-    "ray": "work on several machines",
-    "verify": "mathematics, JSON schemas, languages",
+    "ray": "several machines with Ray",
+    "verify": "checks of mathematics, JSON schemas, languages",
 }
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of a diagnosis; `remedy` is empty where nothing is missing."""
+    """One line of a diagnosis; `remedy` is empty if nothing is missing."""
 
     name: str
     found: str
@@ -38,7 +38,7 @@ class Finding:
 
 
 def diagnosis() -> Iterator[Finding]:
-    """All that is looked at, one after the other."""
+    """Yield the findings, one by one."""
     yield Finding("Python", f"{platform.python_version()} ({sys.executable})")
     yield Finding("packages", ", ".join(map(" ".join, versions().items())))
     yield from _hardware()
@@ -58,14 +58,14 @@ def _hardware() -> Iterator[Finding]:
     memory, free = psutil.virtual_memory().total / _GIB, psutil.virtual_memory().available / _GIB
     cores = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"
     yield Finding("processor", f"{platform.machine()}, {cores}")
-    yield Finding("memory", f"{memory:.1f} GiB, {free:.1f} GiB of it free")
+    yield Finding("memory", f"{memory:.1f} GiB, {free:.1f} GiB free")
     gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     shown = [f"{gpu.name} ({gpu.total_memory / _GIB:.0f} GiB)" for gpu in gpus]
     yield Finding("device", ", ".join(shown) or "cpu (no GPU that torch can use)")
     known: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
     has_vnni = any(value for name, value in known.items() if "vnni" in name or "amx_int8" in name)
     fast = ["float32", *["bfloat16"] * multiplies_bfloat16(), *["int8"] * has_vnni]
-    yield Finding("number formats", f"with instructions of their own here: {', '.join(fast)}")
+    yield Finding("number formats", f"with hardware support here: {', '.join(fast)}")
 
 
 def _embedded() -> Iterator[Finding]:
@@ -95,12 +95,12 @@ def _feature(name: str, modules: Sequence[str], remedy: str) -> Finding:
 
 
 def models_kept() -> tuple[dict[str, int], Path]:
-    """Bytes of each model in the Hugging Face cache by name, and the cache's folder."""
+    """The size in bytes of each model in the Hugging Face cache, and the cache's folder."""
     return {repo.repo_id: repo.size_on_disk for repo in _kept()}, Path(HF_HUB_CACHE)
 
 
 def remove_model(name: str) -> int:
-    """Take a model out of the Hugging Face cache; returns the bytes that are free then."""
+    """Remove a model from the Hugging Face cache; returns the bytes freed."""
     hashes = [
         revision.commit_hash
         for repo in _kept()

@@ -1,4 +1,4 @@
-"""Commands made of functions: groups of options, panels in the help, errors one can act on."""
+"""Turn functions into commands, with option groups, help panels and short error messages."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _METAVARS = {int: "N", float: "X", Path: "PATH", bool: None}
 
 
 def option(default: Any, about: Any, *names: str, **more: Any) -> Any:
-    """An option: a field of a dataclass, or a parameter of a `friendly` command.
+    """Declare an option: a field of a dataclass, or a parameter of a `friendly` command.
 
-    `about` is its help, or a `typer.Option`; names and the rest are as for that. A default of `...`
-    stands for none: the option has to be given.
+    `about` is its help or a `typer.Option`; names and the rest go to `typer.Option`. A default of
+    `...` makes the option required.
     """
     info = typer.Option(*names, help=about or None, **more) if isinstance(about, str) else about
     given = {} if default is ... else {"default": default}
@@ -30,12 +30,11 @@ def option(default: Any, about: Any, *names: str, **more: Any) -> Any:
 
 
 def friendly(command: Callable[..., None]) -> Callable[..., None]:
-    """Make a command of a function: groups of options, and errors that a user can act on.
+    """Make a command of a function, with option groups and short error messages.
 
-    A parameter whose type is a dataclass stands for its fields that are an `option`; its
-    default says their defaults. A tuple of texts is written with commas. Errors that the
-    user can correct are printed without a traceback and exit with 2. Ctrl-C exits with 130 and says
-    how to go on, where what was stopped knows.
+    A parameter whose type is a dataclass becomes one option per `option` field; its default
+    overrides theirs. A tuple of strings is given comma-separated. Errors that the user can fix are
+    printed without a traceback and exit with 2. Ctrl-C exits with 130 and prints how to resume.
 
     Example:
         >>> @app.command()  # doctest: +SKIP
@@ -61,19 +60,19 @@ def friendly(command: Callable[..., None]) -> Callable[..., None]:
             settings = {name: _settings(kind, values) for name, kind in groups.items()}
             command(**settings, **values)
         except (ValueError, RuntimeError, OSError, ImportError) as error:
-            # One of ours, which name what to change, or of files and packages.
+            # Errors of this package, files and missing extras: the message is enough.
             is_ours = type(error).__module__.startswith("mbrl_text_env")
             if not (is_ours or isinstance(error, OSError) or missing_extra(error) is not None):
                 raise
             errors.print(f"{type(error).__name__}: {error}", style="red")
             raise typer.Exit(2) from error
         except SystemExit as left:
-            # Code of the user's that calls `sys.exit`: not all was done, whatever it says.
-            errors.print(f"Code that was called ended the program (SystemExit: {left}).")
+            # The user's code called `sys.exit`: the command did not finish, whatever the code.
+            errors.print(f"User code ended the program (SystemExit: {left}).")
             raise typer.Exit(2) from left
         except KeyboardInterrupt as stopped:
-            # Typer would end with no more than "Aborted".
-            errors.print(str(stopped) or "Stopped; the same command goes on.")
+            # Typer would print only "Aborted".
+            errors.print(str(stopped) or "Stopped. Run the same command again to resume.")
             raise typer.Exit(130) from stopped
 
     wrapped.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]
@@ -82,7 +81,7 @@ def friendly(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _options_of(group: Any, default: Any) -> list[inspect.Parameter]:
-    """One parameter an option of a dataclass; a default instance gives other defaults."""
+    """One parameter per option of a dataclass; a default instance overrides the defaults."""
     hints, panel = get_type_hints(group), getattr(group, "panel", None)
     return [
         _option(each.name, hints[each.name], each, getattr(default, each.name, each.default), panel)
@@ -94,7 +93,7 @@ def _options_of(group: Any, default: Any) -> list[inspect.Parameter]:
 def _option(
     name: str, kind: Any, own: Field[Any], value: Any, panel: str | None = None
 ) -> inspect.Parameter:
-    """An option with a short word for its type, and the panel where the help has it."""
+    """Make a parameter with a short metavar and the panel of the help that shows it."""
     info = copy.copy(own.metadata["option"])
     plain = next((each for each in get_args(kind) if isinstance(each, type)), kind)
     info.metavar = info.metavar or _METAVARS.get(plain, "TEXT")
@@ -102,7 +101,7 @@ def _option(
     if get_origin(kind) is tuple:
         kind = str
         if isinstance(value, tuple):
-            # With spaces, for the help breaks lines there.
+            # With spaces, where the help can break lines.
             info.show_default, value = ", ".join(value), ",".join(value)
     empty = inspect.Parameter.empty if value is MISSING else value
     only = inspect.Parameter.KEYWORD_ONLY
@@ -110,7 +109,7 @@ def _option(
 
 
 def _settings(group: Any, values: dict[str, Any]) -> Any:
-    """A dataclass of the options that belong to it, which are taken out of the values."""
+    """Make a dataclass from its options, which are removed from the values."""
     found = {}
     for name, hint in get_type_hints(group).items():
         if name in values:

@@ -1,4 +1,4 @@
-"""A llama.cpp server of the embedded model on a loopback port, in a process of its own.
+"""Run a llama.cpp server of the embedded model on a loopback port, in its own process.
 
 python -m mbrl_text_env.benchmarks.llama_server PORT [THREADS [PARALLEL [CONTEXT]]]
 """
@@ -20,10 +20,10 @@ _START_SECONDS = 60.0
 
 @contextlib.contextmanager
 def llama_server(*, threads: int = 2, parallel: int = 4, context: int = 8192) -> Iterator[str]:
-    """Start a server on a free port and give its URL; it is killed at the end.
+    """Start a server on a free port and yield its URL; the server is killed at the end.
 
-    It answers `parallel` requests at a time, of `context` tokens together. One that ends, or does
-    not answer within a minute, is a RuntimeError.
+    It serves `parallel` requests at a time, which share `context` tokens. Raises RuntimeError if
+    the server exits or does not answer within a minute.
     """
     port = free_port()
     process = start(port, threads, parallel, context)
@@ -39,7 +39,7 @@ def llama_server(*, threads: int = 2, parallel: int = 4, context: int = 8192) ->
 def start(
     port: int, threads: int = 2, parallel: int = 4, context: int = 8192
 ) -> subprocess.Popen[bytes]:
-    """Start a server's process without waiting for it."""
+    """Start the process of a server without waiting until it is ready."""
     arguments = map(str, (port, threads, parallel, context))
     return subprocess.Popen(  # noqa: S603 our own module with numbers as arguments
         [sys.executable, "-m", "mbrl_text_env.benchmarks.llama_server", *arguments],
@@ -49,7 +49,7 @@ def start(
 
 
 def wait_until_ready(url: str, process: subprocess.Popen[bytes]) -> None:
-    """Return as soon as the server answers; raises `RuntimeError` as `llama_server` does."""
+    """Wait until the server answers; raises `RuntimeError` like `llama_server`."""
     end = time.monotonic() + _START_SECONDS
     while time.monotonic() < end and process.poll() is None:
         try:
@@ -59,12 +59,12 @@ def wait_until_ready(url: str, process: subprocess.Popen[bytes]) -> None:
             time.sleep(0.1)
     raise RuntimeError(
         f"The llama.cpp server at {url} did not answer (exit code {process.poll()}). Is the wheel "
-        "xllamacpp installed, and the port free?"
+        "xllamacpp installed, and is the port free?"
     )
 
 
 def free_port() -> int:
-    """A loopback port that nothing listens on."""
+    """Find a free loopback port."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port: int = listener.getsockname()[1]
     return port

@@ -1,4 +1,4 @@
-"""Commands on several machines: Ray workers, and a comparison in shards that are merged."""
+"""Run on several machines: Ray workers, and merging the shards of a comparison."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class RayOptions:
-    """The options that say where the work is done."""
+    """Options of the workers."""
 
     panel: ClassVar[str] = "Ray"
 
     ray: str | None = option(
-        None, "A Ray cluster, 'auto' or HOST:PORT; 'local' begins one on this machine."
+        None, "Ray cluster: 'auto' or HOST:PORT; 'local' starts one on this machine."
     )
-    ray_workers: int | None = option(None, "Workers, each with models of its own.", min=1)
-    gpus_per_worker: float = option(0.0, "GPUs of a worker; several can share one: 0.5.", min=0.0)
+    ray_workers: int | None = option(None, "Number of workers; each loads its own models.", min=1)
+    gpus_per_worker: float = option(0.0, "GPUs per worker; 0.5 shares a GPU between two.", min=0.0)
 
     def __post_init__(self) -> None:
         if (self.ray is None) != (self.ray_workers is None):
@@ -41,7 +41,7 @@ class RayOptions:
 
     @contextmanager
     def each(self) -> Iterator[Each]:
-        """What does the work: this process, or workers that end with the block."""
+        """Run jobs in this process, or on workers that stop when the block ends."""
         if self.ray is None or self.ray_workers is None:
             yield in_turn
             return
@@ -55,9 +55,9 @@ class RayOptions:
 def merge_command(
     folders: Annotated[list[Path], typer.Argument(help="The --out of each `compare --shard`.")],
     *,
-    out: Path = option(..., "Folder of the whole comparison."),
+    out: Path = option(..., "Output folder of the merged comparison."),
 ) -> None:
-    """Make one comparison of its shards (`compare --shard i/n`)."""
+    """Merge the shards of a comparison (`compare --shard i/n`)."""
     from mbrl_text_env.benchmarks.report import table
 
     summary = merge(folders, out)
@@ -68,14 +68,14 @@ def merge_command(
 
 
 def merge(folders: Sequence[str | Path], out: str | Path) -> dict[str, Any]:
-    """Make the folder that one `compare` would have made, from those of all its shards.
+    """Merge the folders of all shards into the folder that a single `compare` would have made.
 
-    Its rows are the single run's, seconds aside, and the same `compare` without a shard goes on
-    with it. Returns the content of `summary.json`.
+    The rows are those of the single run, except for seconds, and the same `compare` without a shard
+    can resume it. Returns the content of `summary.json`.
 
     Raises:
         CompareError: The folders are not all shards of one comparison, each once and complete, or
-            `out` is of another one.
+            `out` holds another comparison.
 
     Example:
         >>> merge(["shard-1", "shard-2"], "whole")["agents"][0]["agent"]  # doctest: +SKIP
@@ -102,7 +102,7 @@ def merge(folders: Sequence[str | Path], out: str | Path) -> dict[str, Any]:
 
 
 def _shards(folders: Sequence[Path]) -> tuple[dict[str, Any], dict[int, Path]]:
-    """What the shards share, and the folder of each by its number; a CompareError for others."""
+    """The config that the shards share, and the folder of each shard by its number."""
     from mbrl_text_env.benchmarks.page import reading
 
     shared: dict[str, Any] = {}
@@ -117,7 +117,7 @@ def _shards(folders: Sequence[Path]) -> tuple[dict[str, Any], dict[int, Path]]:
         with reading(folder):
             shard = config.pop("shard", "1/1")
             index, config["shards"] = map(int, shard.split("/"))
-            # What is read of it below.
+            # Check the keys that are read below.
             _ = list(config["agents"]), config["prompts"].keys(), config["batch_prompts"] > 0
         if shard == "1/1":
             raise CompareError(
@@ -135,7 +135,7 @@ def _shards(folders: Sequence[Path]) -> tuple[dict[str, Any], dict[int, Path]]:
     if missing := [f"{index}/{count}" for index in range(1, count + 1) if index not in found]:
         raise CompareError(
             f"Expected the folders of all {count} shards, got none of {', '.join(missing)}. Give "
-            "them too, or run `compare --shard` for them first."
+            "them too, or run `compare --shard` for the missing ones first."
         )
     return shared, dict(sorted(found.items()))
 
@@ -143,7 +143,7 @@ def _shards(folders: Sequence[Path]) -> tuple[dict[str, Any], dict[int, Path]]:
 def _rows_of(
     folder: Path, index: int, count: int, config: Mapping[str, Any]
 ) -> dict[str, list[Row]]:
-    """The rows of a shard by part; a CompareError unless it has each of its own, once."""
+    """The rows of a shard by part; a CompareError unless it has each of its rows exactly once."""
     from mbrl_text_env.benchmarks.compare import PARTS, read_parts
 
     with writing(folder, CompareError):
@@ -163,8 +163,8 @@ def _rows_of(
             del missing[key]
     for spec, name in missing:
         raise CompareError(
-            f"{folder}: expected all answers of shard {index}/{count}, got {len(missing)} too few: "
-            f"first that of {spec!r} to prompt {name!r}. The command that made the folder goes on "
-            "where it was stopped, and answers again what is damaged."
+            f"{folder}: expected all answers of shard {index}/{count}, {len(missing)} are missing, "
+            f"the first is that of {spec!r} to prompt {name!r}. Run the shard's command again: it "
+            "resumes, and repeats damaged answers."
         )
     return parts

@@ -1,7 +1,7 @@
-"""Agents beside best-of-N at matched compute, from one pool of scored samples.
+"""Compare agents with best-of-N at matched compute, from one pool of scored samples.
 
-From the pool the mean reward of best-of-N follows without bias for every N, so best-of-N is never
-run again for another budget. All rewards score the same responses.
+The pool gives unbiased estimates of the mean reward of best-of-N for every N, so best-of-N need not
+be run for each budget. All rewards score the same responses.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from mbrl_text_env.rewards.base import RewardModel
 from mbrl_text_env.types import FloatArray, Prompt
 
 DEFAULT_PLANNER = "adaptive:value=prefix"
-"""Chosen on the validation split; the same for every reward."""
+"""Selected on the validation split; the same for every reward."""
 
 Unit = Literal["tokens", "flops", "seconds"]
 Row = dict[str, Any]
@@ -36,10 +36,10 @@ _FIELDS = ("generated_tokens", "flops", "reward_calls", "seconds", "logprob", "r
 
 @dataclass(frozen=True)
 class Pool:
-    """Scored samples of P prompts, n to each: float64[P, n], and float64[P] for `prompt_flops`.
+    """Scored samples of P prompts, n each: float64[P, n], and float64[P] for `prompt_flops`.
 
-    `flops` are those of a sample and its score, `prompt_flops` those of the prompt, which best-of-N
-    computes once; `logprobs` are summed, in nats. For `target` see `scaling.Baseline`.
+    `flops` cover a sample and its score, `prompt_flops` the prompt, which best-of-N computes once;
+    `logprobs` are summed, in nats. For `target` see `scaling.Baseline`.
     """
 
     prompt_ids: tuple[str, ...]
@@ -51,7 +51,7 @@ class Pool:
     target: float | None = None
 
     def rows(self, prompt_ids: Sequence[str]) -> Pool:
-        """The same for some of the prompts, in their order."""
+        """Select prompts, in the given order."""
         at = [self.prompt_ids.index(name) for name in prompt_ids]
         arrays = ("scores", "tokens", "flops", "prompt_flops", "logprobs")
         kept = {name: getattr(self, name)[at] for name in arrays}
@@ -59,16 +59,16 @@ class Pool:
 
     @property
     def in_flops(self) -> scaling.Baseline:
-        """Best-of-N with its FLOPs as costs."""
+        """Best-of-N with FLOPs as costs."""
         return scaling.Baseline(self.scores, self.flops, self.prompt_flops, self.target)
 
     @property
     def in_tokens(self) -> scaling.Baseline:
-        """Best-of-N with its generated tokens as costs."""
+        """Best-of-N with generated tokens as costs."""
         return scaling.Baseline(self.scores, self.tokens, target=self.target)
 
     def surprisal(self, ns: Sequence[int]) -> FloatArray:
-        """How much less likely best-of-N's answers are than samples, nats: float64[len(ns)]."""
+        """Surprisal of best-of-N's answers minus that of samples, in nats: float64[len(ns)]."""
         surprisal = -np.asarray(self.logprobs)
         chosen = scaling.expected_scores(self.scores, surprisal, ns).mean(axis=0)
         return np.asarray(chosen - surprisal.mean())
@@ -81,9 +81,9 @@ def pool_of(
     reward_model: RewardModel,
     prompts: Sequence[Prompt],
 ) -> Pool:
-    """The pool of records (`fill_pool`), n to each of the prompts.
+    """Score the records of `fill_pool`, n per prompt.
 
-    Scores, which must apply to the prompts, are kept in `scores_folder`.
+    The reward must apply to the prompts. Scores are kept in `scores_folder`.
     """
     texts = [[record.response for record in row] for row in records]
     # Scores do not depend on the price.
@@ -108,7 +108,7 @@ def _costs(
     prompt: Prompt,
     records: Sequence[Record],
 ) -> tuple[float, FloatArray]:
-    """FLOPs of the prompt, and of each sample beside it."""
+    """FLOPs of the prompt, and of each of its samples."""
     prefix = len(initial(prompt, language_model).prompt_ids)
     alone = language_model.usage_bound(prefix, [])
     lengths = [len(record.response_ids) for record in records]
@@ -120,9 +120,9 @@ def _costs(
 
 @dataclass(frozen=True)
 class Cell:
-    """One agent, reward and budget (in generated tokens of best-of-N; `unit` is what was capped).
+    """One agent, reward and budget (in generated tokens of best-of-N; `unit` was capped).
 
-    `rows` are those of `mbrl_text_env.benchmarks.compare`, one for each answer to a prompt.
+    `rows` are those of `mbrl_text_env.benchmarks.compare`, one per answer.
     """
 
     reward: str
@@ -132,7 +132,7 @@ class Cell:
     rows: Sequence[Row]
 
     def by_prompt(self) -> dict[str, list[Row]]:
-        """The rows of each prompt whose answers could all be scored."""
+        """The rows by prompt, for prompts whose answers all have a score."""
         found: dict[str, list[Row]] = {}
         for row in self.rows:
             found.setdefault(row["prompt_id"], []).append(row)
@@ -140,22 +140,21 @@ class Cell:
 
 
 def analyse(pool: Pool, cells: Sequence[Cell]) -> list[Row]:
-    """One row a cell of one reward; fewer than two prompts with scored answers: `CompareError`.
+    """Make one row per cell of one reward; raises `CompareError` below two scored prompts.
 
-    The unit is the prompt: of several answers to it the means are taken. A prompt with an answer
-    that could not be scored is left out on both sides. `multiplier` is in FLOPs (see
+    The unit is the prompt: several answers to a prompt are averaged. A prompt with an answer that
+    has no score is left out on both sides. `multiplier` is in FLOPs (see
     `benchmarks.scaling.compute_multiplier`), `multiplier_tokens` in generated tokens.
 
-    `p_vs_best_of_n` compares with best-of-N that spends the same FLOPs in the mean, two-sided: the
-    larger p-value of the paired permutation test of the differences from best-of-N's expected
-    scores, which their skew misleads near the top of a reward's range, and of `exchange_test` with
-    best-of-N's own answers, which unequal variances mislead. `p_holm` is that after Holm's
-    correction over all cells. Both are None where the pool is too small for that N.
+    `p_vs_best_of_n` is a two-sided comparison with best-of-N at the same mean FLOPs: the larger
+    p-value of two tests. The paired permutation test of the differences from best-of-N's expected
+    scores is unreliable if these are skewed, near the top of a reward's range. `exchange_test` with
+    best-of-N's answers is unreliable if variances differ. `p_holm` adds Holm's correction over all
+    cells. Both are None if the pool is too small for that N.
 
     `kl` is the surprisal excess of the answers over the pool, by log-probabilities at temperature
-    1, `kl_of_equal_best_of_n` that of the best-of-N of the same mean reward, and
-    `kl_bound_of_equal_best_of_n` the bound of its divergence. `nats_per_token` are the answers' and
-    the samples' mean surprisal.
+    1. `kl_of_equal_best_of_n` is that of best-of-N at the same mean reward, and
+    `kl_bound_of_equal_best_of_n` bounds its divergence. `nats_per_token` is mean surprisal.
     """
     rows = [_row(pool, cell) for cell in cells]
     tested = [row for row in rows if row["p_vs_best_of_n"] is not None]
@@ -166,7 +165,7 @@ def analyse(pool: Pool, cells: Sequence[Cell]) -> list[Row]:
 
 
 def best_of_n_rows(reward: str, pool: Pool, budgets: Sequence[int], unit: str) -> list[Row]:
-    """Best-of-N itself at each budget that the pool reaches, from the pool."""
+    """Rows of best-of-N at each budget that the pool reaches."""
     flops, tokens = pool.in_flops, pool.in_tokens
     rows = []
     for budget in budgets:
@@ -184,13 +183,13 @@ def _row(every: Pool, cell: Cell) -> Row:
     if len(scored) < 2:
         raise CompareError(
             f"{cell.agent!r} at {cell.budget:,}, reward {cell.reward!r}: expected two prompts or "
-            f"more whose answers could be scored, got {len(scored)} of "
+            f"more with scored answers, got {len(scored)} of "
             f"{len({row['prompt_id'] for row in cell.rows})}. The answers and their errors are in "
-            "the study's folder; fix the reward model."
+            "the study's folder. Fix the reward model."
         )
 
     def table(name: str) -> FloatArray:
-        # None, where a log-probability is not known, becomes NaN.
+        # None, for an unknown log-probability, becomes NaN.
         values = [[{**row["usage"], **row}[name] for row in rows] for rows in scored.values()]
         return np.array(values, dtype=float)
 
@@ -199,7 +198,7 @@ def _row(every: Pool, cell: Cell) -> Row:
     scores = np.asarray(each.mean(axis=1))
     means = {name: np.asarray(table(name).mean(axis=1)) for name in _FIELDS}
     tokens, flops = means["generated_tokens"], means["flops"]
-    # Not each prompt's own cost: that favours agents that stop where they were lucky.
+    # Not by the cost of each prompt: that favours agents that stop early if they are lucky.
     matched = in_flops.at_mean_cost(float(flops.mean()))
     paired = statistics.mean_interval(scores - matched.means)
     by_flops = scaling.compute_multiplier(scores, flops, in_flops)
@@ -236,7 +235,7 @@ def _p_value(pool: Pool, each: FloatArray, matched: scaling.AtCost) -> float | N
 
 
 def _divergence(pool: Pool, means: dict[str, FloatArray], equal_n: float) -> Row:
-    """The surprisal excess as `kl`; None where an agent's log-probabilities are not known."""
+    """The surprisal excess as `kl`; None if log-probabilities are unknown."""
     logprobs = means["logprob"]
     if not (np.isfinite(logprobs).all() and np.isfinite(pool.logprobs).all()):
         return {"kl": None}
@@ -254,7 +253,7 @@ def _divergence(pool: Pool, means: dict[str, FloatArray], equal_n: float) -> Row
 
 
 def table(rows: Sequence[Row]) -> Table:
-    """At least one row of `analyse`, all of one reward, for the terminal."""
+    """Format rows of `analyse`, one or more of one reward, for the terminal."""
     cells = (
         (
             row["agent"],
@@ -270,15 +269,15 @@ def table(rows: Sequence[Row]) -> Table:
         "agent",
         *numbers("budget", "mean", "x FLOPs", "x tokens", "p"),
         title=f"{rows[0]['reward']}: how many times its compute best-of-N needs for the same mean",
-        caption=f"{rows[0]['prompts']} prompts, 95% intervals; > where the pool is too small to "
-        "tell. p: paired against best-of-N at the same FLOPs, Holm's correction.",
+        caption=f"{rows[0]['prompts']} prompts, 95% intervals. >: a lower bound, the pool is too "
+        "small. p: paired against best-of-N at the same FLOPs, Holm's correction.",
     )
 
 
 def multiplier(row: Row, key: str) -> str:
-    """A row's multiplier with its interval; `key` is "multiplier" (FLOPs) or "multiplier_tokens".
+    """Format a row's multiplier; `key` is "multiplier" (FLOPs) or "multiplier_tokens".
 
-    Such as "> 8.2 [4.0, more]".
+    For example "> 8.2 [4.0, more]".
     """
     mark = "> " if row[f"{key}_is_lower_bound"] else ""
     mark = "< " if row[f"{key}_is_upper_bound"] else mark

@@ -1,6 +1,6 @@
-"""The environment's own time: a toy tokenizer and a constant reward, so that nothing else counts.
+"""Measure the environment's overhead, with a toy tokenizer and a constant reward.
 
-The fastest of several runs is reported, as `timeit` advises: slower ones measure other work.
+The fastest of several runs is reported, as `timeit` advises: slower ones include other work.
 
     python -m mbrl_text_env.benchmarks.overhead --json overhead.json
 """
@@ -36,7 +36,7 @@ class _ConstantReward(RewardModel):
 
 
 def single_step_us(steps: int, repeats: int, seed: int) -> float:
-    """Microseconds a step of `gym.make(id)`, resets included: the fastest of several runs."""
+    """Microseconds per step of `gym.make(id)`, including resets; the fastest of several runs."""
     env = gym.make(_ID, **_options())
     actions = _actions(env.action_space, 1024, seed)
 
@@ -49,7 +49,7 @@ def single_step_us(steps: int, repeats: int, seed: int) -> float:
 
 
 def vector_state_us(num_envs: int, steps: int, repeats: int, seed: int) -> float:
-    """Microseconds a state of `gym.make_vec(id)`, autoresets included: the fastest run."""
+    """Microseconds per state of `gym.make_vec(id)`, including autoresets; the fastest run."""
     env = gym.make_vec(_ID, num_envs=num_envs, **_options())
     actions = [_actions(env.single_action_space, num_envs, seed + i) for i in range(min(steps, 32))]
 
@@ -74,12 +74,12 @@ def _fastest_us(
 
 @friendly
 def main(
-    json_file: Path | None = option(None, "Write the figures here.", "--json"),
+    json_file: Path | None = option(None, "Output JSON file.", "--json"),
     seed: int = 0,
     steps: int = option(5000, "", min=1),
     repeats: int = option(7, "", min=1),
 ) -> None:
-    """Measure and print."""
+    """Measure and print the overhead of the environment."""
     figures = {
         "single_step_us": round(single_step_us(steps, repeats, seed), 2),
         "batch256_state_us": round(vector_state_us(256, max(1, steps // 50), repeats, seed), 2),

@@ -1,9 +1,9 @@
-"""One HTML file that needs nothing else: a report of a run, or a search to step through.
+"""A self-contained HTML file: the report of a run, or a search to step through.
 
-Prompts, answers, names and settings are other people's text. None of it is markup or script: the
-template escapes all it is given, what scripts read stands in a block of JSON, scripts write text
-nodes alone, and the page's own policy allows no other script and no network. Characters that
-control, overwrite or reorder the line are shown as escapes, as in the terminal.
+Prompts, answers, names and settings are untrusted text. The template escapes them, scripts read
+data only from a JSON block and write only text nodes, and the content security policy forbids other
+scripts and network access. Control characters and bidirectional marks are shown as escapes, as in
+the terminal.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ from mbrl_text_env.files import write_text
 _PARTS = Path(__file__).parent / "html"
 _PACKAGES = ("mbrl-text-env", "torch", "transformers", "numpy", "scipy", "gymnasium")
 _MOST_SHOWN = 200
-# JSON in HTML: nothing in it ends the block it stands in, or is a line end in a script.
+# In JSON inside HTML, these could end the script block or a line of the script.
 _IN_HTML = {ord(c): f"\\u{ord(c):04x}" for c in "<>&\u2028\u2029"}
 
 
 @dataclass(frozen=True)
 class Page:
-    """What a page shows, from top to bottom; what is empty is left out.
+    """The contents of a page, from top to bottom; empty parts are left out.
 
-    `data` are JSON values for the scripts: "answers" to look through, "search"
-    (`SearchTree.to_dict`) to step through, and whatever the figures come from. `run` is of
-    `provenance`: the command that repeats the run, and what it ran on.
+    `data` are JSON values for the scripts: "answers" to browse, "search" (`SearchTree.to_dict`) to
+    step through, and the data behind the figures. `run` comes from `provenance`: the command that
+    repeats the run, and the machine and versions.
     """
 
     title: str
@@ -60,28 +60,28 @@ class Page:
 
 @contextmanager
 def reading(folder: Path) -> Iterator[None]:
-    """Say (`CompareError`) what to do about the files of a run that are damaged or missing."""
+    """Raise `CompareError` with advice if files of a run are damaged or missing."""
     try:
         yield
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise CompareError(
-            f"{folder}: expected the files of a run that has ended, got a damaged or missing one "
-            f"({type(error).__name__}: {error}). The command that made them writes them again."
+            f"{folder}: expected the files of a finished run, got a damaged or missing one "
+            f"({type(error).__name__}: {error}). Run its command again to write them again."
         ) from error
 
 
 def read_json(path: Path) -> Any:
-    """What a file of a run holds."""
+    """Read a JSON file of a run."""
     return json.loads(path.read_text(encoding="utf-8"))
 
 
 def write_page(path: str | Path, page: Page) -> None:
-    """Write a page atomically; folders above it are made."""
+    """Write a page atomically; missing parent folders are created."""
     write_text(path, rendered(page))
 
 
 def rendered(page: Page) -> str:
-    """The page as HTML."""
+    """Render the page as HTML."""
     script = (_PARTS / "report.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return _template("report.html.jinja").render(
@@ -98,7 +98,7 @@ def rendered(page: Page) -> str:
 
 
 def answers_markdown(page: Page) -> str:
-    """The answers of a page as tables for Markdown; their texts are never read as Markdown."""
+    """The answers of a page as HTML tables for Markdown, with their text escaped."""
     from markupsafe import Markup, escape
 
     def lines(text: str) -> Markup:
@@ -122,7 +122,7 @@ def _template(name: str) -> Any:
 
 
 def embedded_json(data: Any) -> str:
-    r"""JSON for a `<script type="application/json">`; texts are made visible.
+    r"""Encode JSON for `<script type="application/json">`, with control characters escaped.
 
     Example:
         >>> embedded_json({"text": "</script> \x1b[31m"})
@@ -133,7 +133,7 @@ def embedded_json(data: Any) -> str:
 
 
 def provenance() -> dict[str, Any]:
-    """When, by which command and on what a run was made."""
+    """Record the command, date, machine and versions of a run."""
     return {
         "command": COMMAND.get(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -145,7 +145,7 @@ def provenance() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """The versions of this package and of those that results depend on."""
+    """The versions of this package and of the packages that results depend on."""
     found = {}
     for name in _PACKAGES:
         try:
@@ -156,25 +156,25 @@ def versions() -> dict[str, str]:
 
 
 def token_ends(decode: Any, ids: Sequence[int]) -> list[int]:
-    """Where each token ends in the decoded text, in characters.
+    """The end of each token in the decoded text, in characters.
 
-    The tokens before the last of a character that several make end where it begins.
+    If several tokens make one character, all but the last of them end where it begins.
     """
     whole, pieces = decode(ids), [decode([each]) for each in ids]
     if "".join(pieces) == whole:
         return list(accumulate(map(len, pieces)))
     ends = [0]
     for count in range(1, len(ids) + 1):
-        # Character by character is what is wanted here.
+        # A prefix by character, not by path component, is intended.
         same = len(os.path.commonprefix([whole, decode(ids[:count])]))  # noqa: RUF071
         ends.append(max(ends[-1], same))
     return ends[1:]
 
 
 def answer(text: str, row: Mapping[str, Any]) -> dict[str, Any]:
-    """One answer for `answers`, from a row with what is known of it.
+    """Make a cell of `answers` from a text and its row.
 
-    Where the row has `token_logprobs` and `token_ends`, the text is cut into its tokens.
+    If the row has `token_logprobs` and `token_ends`, the text is split into its tokens.
     """
     keys = ("score", "gold", "parts", "finish_reason", "response_tokens", "error")
     found = {key: row[key] for key in keys if row.get(key) not in (None, {})}
@@ -182,7 +182,7 @@ def answer(text: str, row: Mapping[str, Any]) -> dict[str, Any]:
     ends, logprobs = row.get("token_ends"), row.get("token_logprobs")
     if not ends or not logprobs:
         return {**found, "text": text}
-    # What is decoded beyond the last token's end belongs to it.
+    # Text decoded beyond the last token's end belongs to that token.
     cuts = [0, *ends[:-1], len(text)]
     pieces = [text[a:b] for a, b in pairwise(cuts)]
     return {**found, "pieces": pieces, "logprobs": logprobs}
@@ -202,7 +202,7 @@ def _shown(data: Any) -> Any:
 
 
 def _cells(table: Table) -> dict[str, Any]:
-    """A terminal's table as plain texts."""
+    """Convert a Rich table to plain strings."""
     return {
         "title": str(table.title or ""),
         "caption": str(table.caption or ""),
@@ -212,7 +212,7 @@ def _cells(table: Table) -> dict[str, Any]:
 
 
 def _named(values: Mapping[str, Any]) -> dict[str, str]:
-    """Settings as texts; long ones are cut."""
+    """Format settings as strings; long ones are cut."""
     shown = {}
     for name, value in values.items():
         if value not in (None, {}, []):

@@ -1,4 +1,4 @@
-"""Show a comparison, a fit or a search: in the terminal, as a page and as a picture."""
+"""Show a comparison, a fit or a search: in the terminal, as a page or as a picture."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ BASELINE = "best-of-n"
 _ANSWER_WIDTH = 44
 _TEXT_WIDTH = 60
 _LABEL_WIDTH = 26
-_AUDIT_TELLS = "`mbrl-text reward audit` tells whether the reward is exploitable."
+_AUDIT_TELLS = "Run `mbrl-text reward audit` to see whether the reward is exploitable."
 
 
 def table(summary: Mapping[str, Any]) -> Group:
-    """The comparison in two tables that fit a terminal of 80 columns: quality and cost."""
-    warnings = [Text(f"Look closer: {warning}", style="yellow") for warning in summary["warnings"]]
+    """A comparison as two tables that fit into 80 columns: quality and cost."""
+    warnings = [Text(f"Warning: {warning}", style="yellow") for warning in summary["warnings"]]
     if warnings:
         warnings.append(Text(_AUDIT_TELLS))
     return Group(*tables(summary), *warnings)
@@ -49,7 +49,7 @@ def tables(summary: Mapping[str, Any]) -> tuple[Table, Table]:
     """A comparison's quality and its cost, for the terminal and the page."""
     entries, gold = summary["agents"], [f"mean {summary['gold']}"] if summary["gold"] else []
     failed = ", ".join(f"{e['agent']} {e['failed']}" for e in entries if e["failed"])
-    failures = f" Prompts without a score, left out: {failed} (errors in results.jsonl)."
+    failures = f" Prompts left out because scoring failed: {failed} (errors in results.jsonl)."
     quality = table_of(
         ((entry["agent"], *_quality(entry, len(gold))) for entry in entries),
         "agent",
@@ -64,7 +64,7 @@ def tables(summary: Mapping[str, Any]) -> tuple[Table, Table]:
                 f"{entry['generated_tokens']:.0f}",
                 f"{entry['reward_calls']:.1f}",
                 f"{entry['value_calls']:.1f}",
-                # A server does not say how large its model is.
+                # The size of a server's model can be unknown.
                 f"{entry['flops'] / 1e9:.1f}" if entry["flops"] else "-",
                 f"{entry['seconds']:.2f}",
             )
@@ -72,9 +72,9 @@ def tables(summary: Mapping[str, Any]) -> tuple[Table, Table]:
         ),
         "agent",
         *numbers("tokens", "reward calls", "value calls", "GFLOPs", "seconds"),
-        title="Cost of a prompt",
-        caption="Means over prompts, 95% bootstrap intervals, differences paired by prompt; a tie "
-        f"is half a win.{failures if failed else ''}",
+        title="Cost per prompt",
+        caption="Means over prompts, 95% bootstrap intervals, differences paired by prompt. A tie "
+        f"counts as half a win.{failures if failed else ''}",
     )
     return quality, cost
 
@@ -91,9 +91,9 @@ def _paired(versus: Mapping[str, Any]) -> Interval:
 
 
 def verdict(summary: Mapping[str, Any]) -> str:
-    """What a comparison says, in one sentence that claims no more than its intervals.
+    """The result of a comparison in one sentence.
 
-    An agent is above or below best-of-N where the interval of its paired difference leaves out 0.
+    An agent is better or worse than best-of-N if the interval of its paired difference excludes 0.
     """
     entries, baseline = summary["agents"], baseline_of(e["agent"] for e in summary["agents"])
     others = [e for e in entries if e["agent"] != baseline and e.get("vs_best_of_n")]
@@ -102,33 +102,33 @@ def verdict(summary: Mapping[str, Any]) -> str:
         top = max(entries, key=itemgetter("mean"))
         return (
             f"{top['agent']} has the highest mean {summary['reward']}, {Interval.of(top):.3f}, of "
-            f"{len(entries)} agents on {prompts}; nothing is compared with best-of-N."
+            f"{len(entries)} agents on {prompts}. There is no comparison with best-of-N."
         )
     best = max(others, key=lambda entry: entry["vs_best_of_n"]["difference"])
     found, pairs = _paired(best["vs_best_of_n"]), best["vs_best_of_n"]["prompts"]
     figure = f"{found:+.3f} (95% interval, paired over {prompts})"
     if pairs < MIN_PROMPTS:
         return (
-            f"Not decided: {best['agent']} minus {baseline} is {figure}, and fewer than "
-            f"{MIN_PROMPTS} prompts are no guide to others."
+            f"Not decided: {best['agent']} minus {baseline} is {figure}, but a conclusion needs "
+            f"at least {MIN_PROMPTS} prompts."
         )
     if found.low > 0:
-        looks = ", but see the warnings" if summary["warnings"] else ""
-        return f"{best['agent']} is above {baseline} in {summary['reward']} by {figure}{looks}."
+        looks = ". See the warnings" if summary["warnings"] else ""
+        return f"{best['agent']} beats {baseline} in {summary['reward']} by {figure}{looks}."
     if found.high < 0:
-        return f"No agent comes up to {baseline}: the nearest, {best['agent']}, is at {figure}."
-    return f"Not decided: {best['agent']} minus {baseline} is {figure}, which does not leave out 0."
+        return f"No agent reaches {baseline}: the closest, {best['agent']}, is at {figure}."
+    return f"Not decided: {best['agent']} minus {baseline} is {figure}, which includes 0."
 
 
 def baseline_of(specs: Iterable[str]) -> str | None:
-    """The spec that the others are compared with: the first best-of-N; None without one."""
+    """The spec of the baseline, which is the first best-of-N; None without one."""
     return next((spec for spec in specs if parse_spec(spec)[0] == BASELINE), None)
 
 
 def comparison_page(
     summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], run: Mapping[str, Any]
 ) -> Page:
-    """A comparison's page, of the content of its files (`run`: of `run.json`)."""
+    """Make a comparison's page from the contents of its files (`run` from `run.json`)."""
     warnings = [*summary["warnings"], *([_AUDIT_TELLS] if summary["warnings"] else [])]
     apart = ("agents", "prompts", "warnings", "format")
     agents = [entry["agent"] for entry in summary["agents"]]
@@ -150,12 +150,12 @@ def _charts(summary: Mapping[str, Any]) -> list[Chart]:
     names = [entry["agent"] for entry in entries]
     baseline = baseline_of(names)
     costs = (
-        ("generated_tokens", 1.0, "generated tokens a prompt"),
-        ("flops", 1e9, "GFLOPs a prompt"),
+        ("generated_tokens", 1.0, "generated tokens per prompt"),
+        ("flops", 1e9, "GFLOPs per prompt"),
     )
     found = [
         of_curves(
-            f"Reward against {label.partition(' a ')[0]}, with 95% intervals",
+            f"Reward against {label.partition(' per ')[0]}, with 95% intervals",
             label,
             f"mean {summary['reward']}",
             [Series(e["agent"], [e[key] / unit], [Interval.of(e)]) for e in entries],
@@ -170,13 +170,13 @@ def _charts(summary: Mapping[str, Any]) -> list[Chart]:
         if e["agent"] != baseline and e.get("vs_best_of_n")
     }
     if paired:
-        label = f"{summary['reward']} minus {baseline}'s, 95% interval"
-        found.append(of_rows("Differences on the same prompts", label, paired))
+        label = f"{summary['reward']} minus that of {baseline}, 95% interval"
+        found.append(of_rows("Differences from best-of-N on the same prompts", label, paired))
     return found
 
 
 def _parts(summary: Mapping[str, Any]) -> list[Table]:
-    """The means of the reward's parts, where it has several."""
+    """The means of the reward's parts, if it has several."""
     names = list(dict.fromkeys(name for entry in summary["agents"] for name in entry["parts"]))
     if len(names) < 2:
         return []
@@ -184,7 +184,7 @@ def _parts(summary: Mapping[str, Any]) -> list[Table]:
         (e["agent"], *(f"{e['parts'][n]:.3f}" if n in e["parts"] else "-" for n in names))
         for e in summary["agents"]
     )
-    title = f"Parts of {summary['reward']!r}, means"
+    title = f"Mean parts of {summary['reward']!r}"
     return [table_of(rows, "agent", *numbers(*names), title=title)]
 
 
@@ -205,20 +205,20 @@ def _answers(agents: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> dict[s
 
 
 def shown_budget(summary: Mapping[str, Any]) -> str:
-    """A comparison's budget in words.
+    """Format the budget of a comparison.
 
     Example:
         >>> shown_budget({"budget_tokens": 400, "budget_flops": None, "budget_seconds": 1.5})
-        '400 tokens, 1.5 seconds a prompt'
+        '400 tokens, 1.5 seconds per prompt'
     """
     units = (("tokens", ""), ("FLOPs", ".4g"), ("seconds", ".4g"))
     caps = [(summary[f"budget_{unit.lower()}"], unit, spec) for unit, spec in units]
     shown = ", ".join(f"{cap:{spec}} {unit}" for cap, unit, spec in caps if cap is not None)
-    return f"{shown} a prompt" if shown else "no budget"
+    return f"{shown} per prompt" if shown else "no budget"
 
 
 def fit_table(value_model: FittedValue, reward: str) -> Group:
-    """What a value model's fit found on prompts left out: as a whole, and by prefix length."""
+    """The quality of a fitted value model on held-out prompts: overall, and by prefix length."""
     found = value_model.report_
     whole = table_of(
         (
@@ -229,10 +229,10 @@ def fit_table(value_model: FittedValue, reward: str) -> Group:
             ("correlation", f"{found.correlation:.3f}"),
             ("correlation within a prompt", f"{found.within_prompt:.3f}"),
             ("standard deviation of the error", f"{found.std:.3f}"),
-            ("errors within one predicted std (0.68)", f"{found.within_one_std:.3f}"),
-            ("errors within two (0.95)", f"{found.within_two_std:.3f}"),
+            ("errors within one predicted std (ideal: 0.68)", f"{found.within_one_std:.3f}"),
+            ("errors within two predicted stds (ideal: 0.95)", f"{found.within_two_std:.3f}"),
         ),
-        "measured on prompts left out",
+        "measured on held-out prompts",
         "",
         title=f"Value of {reward!r}",
     )
@@ -245,14 +245,14 @@ def fit_table(value_model: FittedValue, reward: str) -> Group:
             )
             for row in found.by_length
         ),
-        *numbers("prefix tokens", "prefixes", "correlation", "within a prompt", "error's std"),
+        *numbers("prefix tokens", "prefixes", "correlation", "within a prompt", "error std"),
     )
     return Group(whole, *([lengths] if found.by_length else []))
 
 
 def side_by_side(rows: Sequence[dict[str, Any]]) -> Group:
-    """One prompt's responses beside each other; all rows are of the same prompt."""
-    # No wider than can be read, also where the output has no width.
+    """Show the responses to one prompt side by side; all rows have the same prompt."""
+    # Limit the width, also if the output has none.
     grid = Table.grid(*(Column(max_width=_ANSWER_WIDTH) for _ in rows))
     grid.add_row(
         *(
@@ -266,7 +266,7 @@ def side_by_side(rows: Sequence[dict[str, Any]]) -> Group:
 
 @contextmanager
 def png(path: Path, *, figsize: tuple[float, float], dpi: int = 150) -> Iterator[Any]:
-    """A figure of matplotlib to draw on, written as a PNG at the end."""
+    """Give a matplotlib figure to draw on, and write it as a PNG at the end."""
     # The object-oriented interface needs no display and leaves the user's backend alone.
     from matplotlib.figure import Figure
 
@@ -284,8 +284,8 @@ def search_page(
 ) -> Page:
     """A search (`SearchTree.to_dict`) as a page to step through.
 
-    `bounds` are the most that a response which begins with each node can score; infinite where that
-    is not known. What has ended is shown without. `run` is of `provenance`.
+    `bounds` are upper bounds of the score of a response that begins with each node; infinite if
+    unknown, and not shown for ended nodes. `run` comes from `provenance`.
     """
     nodes = [
         {**node, "bound": None if node["finish_reason"] else bound}
@@ -298,7 +298,7 @@ def search_page(
     note = "" if chosen is None or not chosen["note"] else f" ({chosen['note']})"
     return Page(
         f"Search: {_short(search['prompt'], 100)}",
-        f"Of {drawn}, the search {found}{score}{note}.",
+        f"From {drawn}, the search {found}{score}{note}.",
         data={"search": {**search, "nodes": nodes}},
         settings=settings,
         run=run,
@@ -308,7 +308,7 @@ def search_page(
 def draw_tree(search: Mapping[str, Any], *, most_children: int = 4) -> Tree:
     """A search (`SearchTree.to_dict`) as a Rich tree: the chosen path in bold.
 
-    Of a node the chosen child is shown and those of the highest worth, `most_children` in all.
+    Each node shows its chosen child and the best others by score or value, `most_children` in all.
     """
     nodes, children = search["nodes"], _children(search["nodes"])
     drawn = {0: Tree(Text(_short(search["prompt"]), style="italic"))}
@@ -324,10 +324,10 @@ def draw_tree(search: Mapping[str, Any], *, most_children: int = 4) -> Tree:
 
 
 def picture(search: Mapping[str, Any], path: Path) -> None:
-    """Draw a search as a PNG: tokens to the right, colour for worth, the chosen path thick."""
+    """Draw a search as a PNG: tokens on x, colour by score or value, the chosen path in bold."""
     nodes, children = search["nodes"], _children(search["nodes"])
     heights, order = np.zeros(len(nodes)), list(_depth_first(children))
-    # A line of its own for each leaf; other nodes stand in the middle of their children.
+    # Each leaf has its own line; other nodes are centred on their children.
     for line, leaf in enumerate(i for i in order if not children[i]):
         heights[leaf] = -line
     for index in reversed(order):

@@ -1,4 +1,4 @@
-"""The report of a folder of results, made again from what is in it; and that of records."""
+"""Write the report of a results folder again, or that of a records folder."""
 
 from __future__ import annotations
 
@@ -34,21 +34,21 @@ from mbrl_text_env.files import write_text
 from mbrl_text_env.records import Record, has_records, read_records, run_of, scores_of
 
 REPORT = "report.html"
-# Hidden: whatever reads a folder of Parquet files passes over it.
+# Hidden, so that readers of a folder of Parquet files ignore it.
 _ABOUT = ".run.json"
 _MOST_PROMPTS = 1000
 
 
 def write_report(folder: Path, out: Path | None = None) -> Path:
-    """Make the report of what is in a folder again; returns its place.
+    """Write the report of a folder again; returns its path.
 
-    That is a comparison, an audit, a training, the article's pipeline, a world model's report, or
-    records. Without `out` it is where the run has written it: in the folder, or beside that of
-    records.
+    The folder holds a comparison, an audit, a training, the article's pipeline, a world model's
+    report, or records. Without `out` the report replaces the run's own: in the folder, or beside a
+    records folder.
 
     Raises:
-        CompareError: The folder is none of these, or has no answers and `out` ends in `.md`, which
-            gets the answers alone.
+        CompareError: The folder is none of these, or `out` ends in `.md`, for answers only, and the
+            folder has no answers.
     """
     kinds: tuple[tuple[bool, Callable[[Path], Page], Path], ...] = (
         ((folder / compare.SUMMARY).is_file(), compare.recorded_page, folder / REPORT),
@@ -61,10 +61,10 @@ def write_report(folder: Path, out: Path | None = None) -> Path:
     found = next(((recorded, place) for is_it, recorded, place in kinds if is_it), None)
     if found is None:
         raise CompareError(
-            f"{folder}: expected the folder of a comparison, an audit or a training that has "
-            "ended, of a world model's report, or of records, got none of their files. Give the "
-            "--out of `compare`, `train`, `collect`, `reward audit` or `world-model report`; a run "
-            "that was stopped goes on with the same command."
+            f"{folder}: expected the folder of a finished comparison, audit or training, of a "
+            "world model's report, or of records, got none of their files. Give the --out of "
+            "`compare`, `train`, `collect`, `reward audit` or `world-model report`. To resume a "
+            "run that was stopped, run the same command again."
         )
     recorded, place = found
     page = recorded(folder)
@@ -75,20 +75,20 @@ def write_report(folder: Path, out: Path | None = None) -> Path:
         write_text(place, answers_markdown(page))
     else:
         raise CompareError(
-            f"{place}: expected the folder of a comparison or of records, whose answers Markdown "
-            f"can show, got {folder}. Write HTML."
+            f"{place}: expected the folder of a comparison or of records, since Markdown shows "
+            f"only answers, got {folder}. Write HTML instead."
         )
     return place
 
 
 def records_report(folder: Path) -> Path:
-    """Beside the folder: what reads all files in it as Parquet would stumble."""
+    """The path of the report, beside the folder: inside, it would break Parquet readers."""
     path = folder.resolve()
     return path.with_name(f"{path.name}-report.html")
 
 
 def write_records_report(folder: Path, failed: Mapping[str, str]) -> Path:
-    """The report of `collect` at its end, with the prompts that `failed` and why."""
+    """Write the report of a finished `collect`, with the errors of prompts that `failed`."""
     about = {**provenance(), "failed": dict(failed)}
     write_text(folder / _ABOUT, json.dumps(about, indent=2))
     return write_report(folder)
@@ -98,7 +98,7 @@ def recorded_page(folder: Path) -> Page:
     """The page of a folder of records."""
     path = folder / _ABOUT
     with reading(path):
-        # What was not collected by the command has none.
+        # Records that the command did not collect have none.
         about = read_json(path) if path.is_file() else {}
     return records_page(read_records(folder), run_of(folder) or {}, about)
 
@@ -106,9 +106,9 @@ def recorded_page(folder: Path) -> Page:
 def records_page(
     records: Sequence[Record], settings: Mapping[str, Any], about: Mapping[str, Any]
 ) -> Page:
-    """What scored responses are worth: best-of-N of them for each N, and all of them to read.
+    """Make the page of scored responses: best-of-N for each N, and all responses.
 
-    `settings` are those of `run_of`, `about` what `collect` has written of the run.
+    `settings` come from `run_of`; `about` is what `collect` wrote about the run.
     """
     by_prompt: dict[str, list[Record]] = {}
     for record in sorted(records, key=lambda record: record.sample or 0):
@@ -117,27 +117,27 @@ def records_page(
     points = _curve(groups)
     models = ", ".join(dict.fromkeys(record.language_model for record in records))
     first, last = points[0], points[-1]
-    gain = f"; the best of {last[0]} scores {last[2]:.3f}" if last[0] > 1 else ""
+    gain = f"; best-of-{last[0]} has {last[2]:.3f}" if last[0] > 1 else ""
     shown = table_of(
         ((str(n), f"{cost:.0f}", f"{mean:.3f}") for n, cost, mean in points),
         *numbers("N", "tokens", "mean reward"),
         title=f"Best of N responses: {len(records)} to {len(groups)} prompts",
-        caption="Expected over all subsets of N of a prompt's responses; simultaneous 95% "
+        caption="Expectation over all subsets of N responses per prompt, with simultaneous 95% "
         "intervals over prompts.",
     )
     title = f"Best-of-N of {models}"
     series = [Series(title, [cost for _, cost, _ in points], [mean for *_, mean in points])]
-    label = "generated tokens a prompt"
+    label = "generated tokens per prompt"
     chart = of_curves(title, label, f"mean {reward}", series, is_log=True)
     kept = groups[:_MOST_PROMPTS]
     left = len(groups) - len(kept)
     return Page(
         f"{len(records)} responses scored by {reward}",
-        f"A response of {models} scores {first[2]:.3f} in {reward} on {len(groups)} prompts"
+        f"The mean score of {models} is {first[2]:.3f} in {reward} on {len(groups)} prompts"
         f"{gain} (95% intervals).",
         [
             *(f"Left out, {name}: {why}" for name, why in about.get("failed", {}).items()),
-            *([f"The answers to {left} more prompts are in the records alone."] if left else []),
+            *([f"The answers to {left} more prompts are only in the records."] if left else []),
         ],
         [chart],
         [shown],
@@ -154,7 +154,7 @@ def _curve(groups: Sequence[Sequence[Record]]) -> list[tuple[int, float, Interva
     ns = sizes(min(map(len, groups)))
     kept = [own[: ns[-1]] for own in groups]
     best = expected_best([scores_of(own) for own in kept], ns)
-    # Of one prompt there is no band.
+    # A band needs two prompts or more.
     bands = simultaneous_intervals(best) if len(best) > 1 else map(mean_interval, best.T)
     length = float(np.mean([len(record.response_ids) for own in kept for record in own]))
     return [(n, n * length, band) for n, band in zip(ns, bands, strict=True)]
@@ -184,7 +184,7 @@ def _row(record: Record, decode: Callable[[Sequence[int]], str] | None) -> dict[
 
 
 def _decoder(language_model: str) -> Callable[[Sequence[int]], str] | None:
-    """What tells the texts of tokens; records hold their ids, and only one tokenizer is at hand."""
+    """The decoder for the token ids in records; only the embedded tokenizer is available."""
     from mbrl_text_env.language_models.registry import (
         LANGUAGE_MODEL,
         EmbeddedModelError,

@@ -17,23 +17,23 @@ from mbrl_text_env.benchmarks.terminal import console, table_of
 
 @dataclass(frozen=True, kw_only=True)
 class DataOptions:
-    """What a reward is fitted on."""
+    """Options of the data to fit a reward on."""
 
     pairs: str | None = option(
-        None, "Preferences: a .jsonl file, or a dataset of the Hugging Face Hub."
+        None, "Preferences: a .jsonl file, or a dataset on the Hugging Face Hub."
     )
     records: Path | None = option(
-        None, "Records folder, as written by `collect`; its scores are the gold."
+        None, "Records folder, as written by `collect`; its scores are the labels."
     )
     objective: str = option(
-        "bradley-terry", "'bradley-terry' (on pairs), or 'regression' (on records' scores)."
+        "bradley-terry", "'bradley-terry' (pairs), or 'regression' (scores of records)."
     )
-    split: str = option("train", "Split of a dataset of the Hub.")
-    pairs_per_prompt: int = option(12, "Pairs that are made of a prompt's records.", min=1)
-    min_gap: float = option(0.0, "Pairs of records differ in score by more than this.", min=0.0)
+    split: str = option("train", "Split of a dataset on the Hub.")
+    pairs_per_prompt: int = option(12, "Pairs to make per prompt from records.", min=1)
+    min_gap: float = option(0.0, "Score gap that a pair of records must exceed.", min=0.0)
 
     def load(self, seed: int) -> tuple[Any, str]:
-        """What to fit on, and where it comes from."""
+        """Load the data to fit on, and its name."""
         from mbrl_text_env.records import read_records
         from mbrl_text_env.rewards import RewardFitError, load_preferences, pairs_from_records
 
@@ -61,20 +61,20 @@ class DataOptions:
 @friendly
 def fit_command(
     *,
-    out: Path = option(..., "Folder for the reward."),
+    out: Path = option(..., "Output folder of the reward."),
     data: DataOptions,
     features: str = option(
-        "embedding", "'embedding' (sentence encoder) or 'hidden' (language model's state)."
+        "embedding", "'embedding' (sentence encoder) or 'hidden' (language model states)."
     ),
     model: str = option(
-        "embedded", "What reads texts: 'embedded' (MiniLM, or SmolLM2), a Hub name, or a folder."
+        "embedded", "Feature model: 'embedded' (MiniLM or SmolLM2), a Hub name, or a folder."
     ),
-    text_statistics: bool = option(True, "Whether counts of the texts are features too."),
-    held_out: float = option(0.2, "Share of the prompts to measure on."),
+    text_statistics: bool = option(True, "Use text statistics as features, too."),
+    held_out: float = option(0.2, "Fraction of the prompts to evaluate on."),
     seed: int = option(0, SEED),
-    name: str | None = option(None, "What reports call the reward."),
+    name: str | None = option(None, "Name of the reward in reports."),
 ) -> None:
-    """Fit a reward on preferences or scores, and measure it on prompts that were left out."""
+    """Fit a reward to preferences or scores, and evaluate it on held-out prompts."""
     from mbrl_text_env import rewards
     from mbrl_text_env.rewards.learning.learned import FOLDER
 
@@ -100,7 +100,7 @@ def fit_command(
 
 
 def report_tables(name: str, report: Any) -> list[Table]:
-    """The report as tables: the figures and, for pairs, the calibration curve."""
+    """Format the report as tables: figures and, for pairs, calibration."""
     held_out, is_regression = report.held_out, report.objective == "regression"
     own = (
         {
@@ -119,11 +119,11 @@ def report_tables(name: str, report: Any) -> list[Table]:
         "fitted on": f"{report.num_fitted} {'records' if is_regression else 'pairs'} of "
         f"{report.num_fitted_prompts} prompts",
         "chosen": ", ".join(f"{key}={_shown(value)}" for key, value in report.chosen.items()),
-        "pair accuracy there": report.fitted_accuracy,
-        "measured on": f"{held_out.num_pairs} pairs of {held_out.num_prompts} other prompts",
+        "pair accuracy, fitted": report.fitted_accuracy,
+        "evaluated on": f"{held_out.num_pairs} pairs of {held_out.num_prompts} other prompts",
         "pair accuracy": held_out.accuracy,
-        "if the longer response wins": held_out.longer_wins,
-        "by chance": held_out.chance,
+        "accuracy of preferring the longer": held_out.longer_wins,
+        "accuracy by chance": held_out.chance,
         **own,
     }
     shown = ((label, _shown(value)) for label, value in rows.items())
@@ -137,7 +137,7 @@ def report_tables(name: str, report: Any) -> list[Table]:
         )
         for share in held_out.calibration
     )
-    names = ("confidence", "pairs", "predicted", "right")
+    names = ("confidence", "pairs", "predicted", "correct")
     return [figures, table_of(curve, *names, title="Calibration")]
 
 

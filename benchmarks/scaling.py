@@ -1,7 +1,7 @@
-"""Best-of-N at every N from one pool, what an agent's reward would cost it, and the divergence.
+"""Best-of-N for every N from one pool, compute multipliers, and divergence.
 
-A pool of n responses to each of P prompts gives the mean best score of N responses without bias,
-for every N up to n. Arguments of wrong shape or range, or not finite, are ValueErrors.
+A pool of n responses to each of P prompts gives unbiased estimates of the mean best-of-N score for
+every N up to n. Arguments of wrong shape or range, or not finite, raise ValueError.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from mbrl_text_env.benchmarks.statistics import (
     simultaneous_intervals,
 )
 
-# Larger pools are read at this many sizes: between them the curve is straight.
+# For larger pools, the curve is computed at this many sizes and interpolated.
 _MOST_SIZES = 1024
-# Scores closer than this are the same.
+# Scores closer than this count as equal.
 _SAME = 1e-9
 
 
@@ -42,7 +42,7 @@ def sizes(samples: int) -> list[int]:
 
 
 def kl_bound(n: float) -> float:
-    """log n - (n - 1) / n nats: how far best-of-n is from plain sampling, at most.
+    """Upper bound of the KL divergence of best-of-n from plain sampling: log n - (n - 1) / n nats.
 
     Source: Stiennon et al., "Learning to summarize from human feedback", 2020; an upper bound by
     Beirami et al., "Theoretical guarantees on the best-of-n alignment policy", 2024.
@@ -51,11 +51,11 @@ def kl_bound(n: float) -> float:
 
 
 def best_of_weights(proxy: npt.ArrayLike, n: int) -> FloatArray:
-    """Probability that each response is the one chosen from n, float64[samples].
+    """Probability that best-of-n selects each response, float64[samples].
 
-    n of a prompt's responses, with scores float[samples], are drawn without replacement and the one
-    with the highest score is chosen: the i-th lowest with probability C(i-1, n-1) / C(samples, n).
-    The mean score under these weights is an unbiased estimate of best-of-n's.
+    Of a prompt's responses, with scores float[samples], n are drawn without replacement and the one
+    with the highest score is selected: the i-th lowest has probability C(i-1, n-1) / C(samples, n).
+    The mean score under these weights is an unbiased estimate of the best-of-n score.
 
     Source: Nakano et al., "WebGPT: Browser-assisted question-answering with human feedback", 2021,
     appendix I. Deviation: equal scores share their probability equally.
@@ -73,13 +73,13 @@ def best_of_weights(proxy: npt.ArrayLike, n: int) -> FloatArray:
 
 
 def expected_scores(proxy: FloatArray, judged: FloatArray, ns: Sequence[int]) -> FloatArray:
-    """Expected `judged` score of what the proxy chooses from n: float64[prompts, len(ns)]."""
+    """Expected `judged` score of best-of-n by the proxy: float64[prompts, len(ns)]."""
     pairs = zip(proxy, judged, strict=True)
     return np.array([[best_of_weights(row, n) @ seen for n in ns] for row, seen in pairs])
 
 
 def expected_best(scores: npt.ArrayLike, ns: Sequence[int]) -> FloatArray:
-    """`expected_scores(scores, scores, ns)`, for all prompts at once.
+    """Compute `expected_scores(scores, scores, ns)` for all prompts at once.
 
     Example:
         >>> expected_best([[0.0, 3.0, 6.0]], [1, 2, 3]).round(3)
@@ -97,7 +97,7 @@ def _rank_weights(samples: int, ns: tuple[int, ...]) -> FloatArray:
         _check_n(n, samples)
     drawn = np.array(ns, dtype=np.float64)[:, None]
     rank = np.arange(samples, 1, -1)
-    # Each rank's probability follows from the one above it: no large binomial is computed.
+    # Each probability is computed from that of the rank above, which avoids large binomials.
     ratios = np.maximum(rank - drawn, 0) / (rank - 1)
     falling = drawn / samples * np.cumprod(np.hstack([np.ones_like(drawn), ratios]), axis=1)
     return falling[:, ::-1]
@@ -109,16 +109,16 @@ def _check_n(n: float, samples: int) -> None:
 
 
 def drawn_best(scores: npt.ArrayLike, n: float, *, seed: int = 0) -> FloatArray:
-    """Best-of-n's scores, drawn from a pool float64[prompts, samples]: float64[prompts, answers].
+    """Sample best-of-n scores from a pool float64[prompts, samples]: float64[prompts, answers].
 
-    The samples of a prompt are dealt into disjoint groups, so the answers are independent. Where n
-    is a fraction, each group has the next smaller or larger size, at random, so that n is the mean.
+    The samples of a prompt are split into disjoint groups, so the answers are independent. If n is
+    fractional, the size of each group is randomly rounded down or up, with mean n.
     """
     pool = checked(scores, 2, "scores")
     prompts, samples = pool.shape
     _check_n(n, samples)
     rng = np.random.default_rng(seed)
-    # As many groups as there are of the larger size: a number that does not depend on the sizes.
+    # As many groups as fit at the larger size, independent of the random sizes.
     count, size = samples // math.ceil(n), math.floor(n)
     dealt = rng.permuted(pool, axis=1)[:, : count * math.ceil(n)]
     groups = dealt.reshape(prompts, count, math.ceil(n))
@@ -128,7 +128,7 @@ def drawn_best(scores: npt.ArrayLike, n: float, *, seed: int = 0) -> FloatArray:
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """Best-of-N at one N: mean cost of a prompt, mean best score, and `kl_bound` in nats."""
+    """Best-of-N at one N: mean cost per prompt, mean best score, and `kl_bound` in nats."""
 
     n: int
     cost: float
@@ -138,11 +138,11 @@ class CurvePoint:
 
 @dataclass(frozen=True, eq=False)
 class AtCost:
-    """Best-of-N at a given cost of each of P prompts.
+    """Best-of-N at a given cost for each of P prompts.
 
-    `means` are the expected best scores and `ns` the samples that the cost buys, within what the
-    pool can tell (float64[P]). Where it is `too_expensive` (bool[P]) it buys more samples than the
-    pool has and the mean is too low; where it is `too_cheap` it is that of one sample.
+    `means` are the expected best scores and `ns` the samples that the cost buys, clipped to the
+    pool (float64[P]). If `too_expensive` (bool[P]), the cost buys more samples than the pool has,
+    and the mean is too low. If `too_cheap` (bool[P]), the mean is that of one sample.
     """
 
     means: FloatArray
@@ -153,18 +153,17 @@ class AtCost:
 
 @dataclass(frozen=True, eq=False)
 class Baseline:
-    """Best-of-N on P prompts, as their pool of n samples shows it.
+    """Best-of-N on P prompts, estimated from their pool of n samples.
 
     N samples of a prompt cost `prompt_costs + N * mean sample cost`. With a `target`, samples are
-    drawn one by one until one scores as much, or until there are N: the best-of-N that a verifier
-    allows.
+    drawn one by one until one reaches that score, or until there are N: best-of-N with early
+    stopping by a verifier.
 
     Args:
         scores: float64[P, n], n >= 2.
-        costs: float64[P, n], what each sample costs (tokens, FLOPs, ...), above 0 on average.
-        prompt_costs: float64[P] or one number, what the prompt costs once.
-        target: The score at which best-of-N stops, not below the highest of the pool; None where it
-            never does.
+        costs: float64[P, n], cost of each sample (tokens, FLOPs, ...), above 0 on average.
+        prompt_costs: float64[P] or one number, the cost of the prompt, paid once.
+        target: Score at which best-of-N stops, not below the pool's highest; None never stops.
 
     Example:
         >>> costs = np.array([[10.0, 10.0], [10.0, 30.0]])
@@ -182,7 +181,7 @@ class Baseline:
         scores, costs = checked(self.scores, 2, "scores"), checked(self.costs, 2, "costs")
         if scores.shape != costs.shape or scores.shape[1] < 2:
             raise ValueError(
-                "Expected scores and costs of the same shape, with two samples a prompt at least, "
+                "Expected scores and costs of the same shape, with two or more samples per prompt, "
                 f"got {scores.shape} and {costs.shape}."
             )
         if self.target is not None and scores.max() > self.target + _SAME:
@@ -199,21 +198,21 @@ class Baseline:
         lowest, least = min(costs.min(), once.min()), costs.mean(axis=1).min()
         if lowest < 0 or least <= 0:
             raise ValueError(
-                "Expected costs from 0 up, and above 0 on each prompt's average; got a lowest cost "
-                f"of {lowest} and a lowest average of {least}."
+                "Expected costs of 0 or more, with an average above 0 per prompt; got a lowest "
+                f"cost of {lowest} and a lowest average of {least}."
             )
         for name, value in (("scores", scores), ("costs", costs), ("prompt_costs", once)):
             object.__setattr__(self, name, value)
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Prompts and samples of each."""
+        """(P, n): prompts, and samples per prompt."""
         prompts, samples = np.shape(self.scores)
         return prompts, samples
 
     @cached_property
     def ns(self) -> npt.NDArray[np.int64]:
-        """int64[L], sizes at which the curve is known: all of them, or 1,024 of a larger pool."""
+        """int64[L], the N at which the curve is computed: all, or 1,024 for a larger pool."""
         samples = self.shape[1]
         if samples <= _MOST_SIZES:
             return np.arange(1, samples + 1)
@@ -223,12 +222,12 @@ class Baseline:
     def curves(self) -> FloatArray:
         """float64[P, L], each prompt's expected best score at each of `ns`."""
         means = expected_best(self.scores, self.ns.tolist())
-        # Rounding makes no descent.
+        # Remove descents due to rounding.
         return cast("FloatArray", np.maximum.accumulate(means, axis=1))
 
     @cached_property
     def sample_costs(self) -> FloatArray:
-        """float64[P], mean cost of a prompt's sample."""
+        """float64[P], mean cost per sample of each prompt."""
         return cast("FloatArray", np.mean(self.costs, axis=1))
 
     @cached_property
@@ -242,8 +241,8 @@ class Baseline:
         samples, succeeds = self.shape[1], self.scores >= self.target - _SAME
         failures = samples - succeeds.sum(axis=1, keepdims=True)
         drawn = np.arange(samples)
-        # Probability that the first k of a prompt all fail, k from 0: they are drawn without
-        # replacement.
+        # Probability that the first k samples of a prompt all fail, for k from 0, when drawn
+        # without replacement.
         each = np.maximum(failures - drawn, 0) / (samples - drawn)
         fail = np.hstack([np.ones_like(each[:, :1]), np.cumprod(each, axis=1)])
         ways = []
@@ -253,28 +252,28 @@ class Baseline:
         return cast("FloatArray", np.sum(ways, axis=0)[:, self.ns - 1])
 
     def mean_costs(self, n: float) -> float:
-        """Mean cost of up to N samples of a prompt, over prompts; N may be a fraction."""
+        """Mean cost of up to N samples, over prompts; N can be fractional."""
         if self.target is None:
             return float(np.mean(self.prompt_costs + n * self.sample_costs))
         return float(np.interp(n, self.ns, np.mean(self.cost_curves, axis=0)))
 
     def at_cost(self, costs: npt.ArrayLike) -> AtCost:
-        """Best-of-N within a cost of each prompt (float64[P], or one number): the N that it buys.
+        """Best-of-N within a cost per prompt (float64[P], or one number).
 
-        To compare an agent, give the costs that it was allowed, or use `at_mean_cost`: one that
-        stops when it is lucky would meet the few samples that its lucky prompts cost.
+        To compare an agent, give its budgets, or use `at_mean_cost`. The costs that it actually
+        paid would favour an agent that stops early on prompts where it is lucky.
         """
         given = checked(np.broadcast_to(np.asarray(costs, float), self.shape[:1]), 1, "costs")
         return self._at((given - self.prompt_costs) / self.sample_costs)
 
     def at_mean_cost(self, cost: float) -> AtCost:
-        """Best-of-N with the one N, a fraction as a rule, whose mean cost of a prompt is `cost`.
+        """Best-of-N with the N, usually fractional, whose mean cost per prompt is `cost`.
 
-        The mean over prompts is an agent's where its `compute_multiplier` is 1.
+        Its mean over prompts is an agent's mean reward if the `compute_multiplier` is 1.
         """
         [given] = checked([cost], 1, "cost")
         curve = np.mean(self.cost_curves, axis=0)
-        # Costs are sums of many numbers: the last digits do not make a pool too small.
+        # Costs are sums of many numbers: rounding must not make a pool too small.
         given = next((end for end in curve[[0, -1]] if math.isclose(given, end)), given)
         n = np.interp(given, curve, self.ns, left=0.0, right=np.inf)
         return self._at(np.broadcast_to(n, self.shape[:1]))
@@ -287,7 +286,7 @@ class Baseline:
         return AtCost(np.array(means), ns, wanted > samples * (1 + slack), wanted < 1 - slack)
 
     def curve(self) -> tuple[CurvePoint, ...]:
-        """The mean over prompts with simultaneous 95% bands, at N that are powers of two."""
+        """The mean over prompts with simultaneous 95% bands, at powers of two."""
         ns = sizes(self.shape[1])
         bands = simultaneous_intervals(expected_best(self.scores, ns))
         pairs = zip(ns, bands, strict=True)
@@ -298,10 +297,11 @@ class Baseline:
 class Multiplier:
     """How many times an agent's compute best-of-N needs for the same mean reward.
 
-    `estimate` is `equal_cost`, best-of-N's mean cost at `equal_n` (the N with the agent's mean
-    reward, a fraction as a rule), by the agent's mean cost. `low` is 0 where the agent may be below
-    a single sample, `high` infinite where the pool may be too small. `is_lower_bound`: the whole
-    pool does not come up to the agent; `is_upper_bound`: the agent is below a single sample.
+    `estimate` is `equal_cost` divided by the agent's mean cost. `equal_cost` is the mean cost of
+    best-of-N at `equal_n`, the (usually fractional) N with the agent's mean reward. `low` is 0 if
+    the agent can be worse than a single sample, `high` is infinite if the pool can be too small.
+    `is_lower_bound`: the whole pool is worse than the agent. `is_upper_bound`: a single sample is
+    better.
     """
 
     estimate: float
@@ -313,7 +313,7 @@ class Multiplier:
     is_upper_bound: bool
 
     def as_row(self, name: str) -> dict[str, Any]:
-        """JSON values of a row: `name`, `name_low`, ...; an infinite `high` is None."""
+        """Convert to JSON values `name`, `name_low`, ...; an infinite `high` is None."""
         high = self.high if math.isfinite(self.high) else None
         return {
             name: self.estimate,
@@ -331,19 +331,19 @@ def compute_multiplier(
     *,
     resamples: int = 2000,
 ) -> Multiplier:
-    """Compare an agent's mean reward and cost with best-of-N's whole curve.
+    """Compare an agent's mean reward and cost with the whole curve of best-of-N.
 
     The N at which best-of-N has the agent's mean reward, the same for all prompts, is interpolated
-    in log N. Its mean cost by the agent's is the multiplier.
+    in log N. The multiplier is its mean cost divided by the agent's.
 
-    The interval is a bootstrap over prompts, the pool's row of each with the agent's; its ends are
-    those of `percentile_tail`. A resample in which the pool is too small counts as its bound at the
-    lower end and as infinite at the upper; one below a single sample counts as 0 and as its bound.
+    The interval is a paired bootstrap over prompts, with ends by `percentile_tail`. If the pool is
+    too small in a resample, it counts as its bound for the lower end and as infinite for the upper.
+    If the agent is worse than a single sample, it counts as 0 and as its bound.
 
     Args:
-        rewards: float64[P], the agent's reward of each prompt (the mean over seeds, if several);
-            its responses must not be taken from the pool itself.
-        costs: float64[P], its cost of each prompt, in the baseline's unit.
+        rewards: float64[P], the agent's reward per prompt (the mean over seeds, if several); its
+            responses must not come from the pool.
+        costs: float64[P], the agent's cost per prompt, in the baseline's unit.
         baseline: The pool of the same prompts, in the same order.
 
     Example:
@@ -356,12 +356,12 @@ def compute_multiplier(
     prompts = baseline.shape[0]
     if not len(own) == len(paid) == prompts >= 2:
         raise ValueError(
-            "Expected a reward and a cost for each prompt of the pool, and two prompts at least; "
+            "Expected a reward and a cost for each prompt of the pool, and two prompts or more; "
             f"got {len(own)} rewards, {len(paid)} costs and a pool of {prompts} prompts."
         )
     if paid.min() < 0 or paid.mean() <= 0:
         raise ValueError(
-            f"costs: expected numbers from 0 up, not all 0, got {paid.min()} to {paid.max()}."
+            f"costs: expected numbers of 0 or more, not all 0, got {paid.min()} to {paid.max()}."
         )
     if resamples < 1:
         raise ValueError(f"resamples: expected 1 or more, got {resamples}.")
@@ -374,7 +374,7 @@ def compute_multiplier(
     equal_costs = np.array(
         [np.interp(n, baseline.ns, row) for n, row in zip(equal, curves, strict=True)]
     )
-    # A resample of prompts on which the agent spent nothing says nothing finite.
+    # The ratio is infinite for a resample of prompts on which the agent spent nothing.
     with np.errstate(divide="ignore"):
         ratios = equal_costs / (shares @ paid)
     cut = int(percentile_tail(prompts, 0.95) * resamples)
@@ -394,7 +394,7 @@ def compute_multiplier(
 def _equal_n(
     means: FloatArray, rewards: FloatArray, ns: npt.NDArray[np.int64]
 ) -> tuple[FloatArray, npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
-    """Where each of R rising curves float64[R, L] comes up to its reward; above it; below it."""
+    """The N at which each of R curves float64[R, L] reaches its reward; above it; below it."""
     slack = 1e-12 * max(1.0, float(np.abs(means).max()))
     reached = means >= rewards[:, None] - slack
     above, below = ~reached[:, -1], rewards < means[:, 0] - slack
@@ -409,17 +409,17 @@ def _equal_n(
 
 
 def surprisal_excess(logprobs: npt.ArrayLike, plain_logprobs: npt.ArrayLike) -> Interval:
-    """How much less likely the chosen responses are than plain samples, nats a response.
+    """How much less likely the selected responses are than plain samples, in nats per response.
 
-    With p the language model and q what the agent writes, this is E_q[-log p] - E_p[-log p], paired
-    by prompt. It equals KL(q || p) + H(q) - H(p): a lower bound of the divergence where the agent's
-    responses vary less than the language model's, and below 0 where it chooses the most likely
-    ones. Broken text shows as a large excess; different lengths make a difference by themselves.
+    With language model p and agent q, this is E_q[-log p] - E_p[-log p], paired by prompt. It
+    equals KL(q || p) + H(q) - H(p): a lower bound of the divergence if H(q) <= H(p), and negative
+    if the agent selects the most likely responses. Degenerate text has a large excess. Different
+    lengths also change it.
 
     Args:
-        logprobs: float64[P], summed over each chosen response, of the distribution that the plain
-            samples were drawn from, temperature included; of another it is no bound.
-        plain_logprobs: float64[P, n], the same of plain samples of the same prompts.
+        logprobs: float64[P], summed over each selected response, under the distribution of the
+            plain samples, including temperature; otherwise it is not a bound.
+        plain_logprobs: float64[P, n], the same for plain samples of the same prompts.
 
     Example:
         >>> surprisal_excess([-5.0, -7.0], [[-3.0, -5.0], [-4.0, -8.0]]).estimate
@@ -428,7 +428,7 @@ def surprisal_excess(logprobs: npt.ArrayLike, plain_logprobs: npt.ArrayLike) -> 
     own, plain = checked(logprobs, 1, "chosen"), checked(plain_logprobs, 2, "plain samples")
     if len(own) != len(plain):
         raise ValueError(
-            "Expected plain samples of the prompts that were answered; got "
-            f"{len(own)} responses and samples of {len(plain)} prompts."
+            "Expected plain samples for each answered prompt; got "
+            f"{len(own)} responses and samples for {len(plain)} prompts."
         )
     return mean_interval(plain.mean(axis=1) - own)

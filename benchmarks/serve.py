@@ -15,46 +15,46 @@ _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 class ServeError(ValueError):
-    """A server that cannot be started as asked."""
+    """A server that cannot be started as requested."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What a server takes on."""
+    """Limits on the requests that a server accepts."""
 
     panel: ClassVar[str] = "Limits"
 
-    max_running: int = option(32, "Requests that are searched for at a time.", min=1)
-    max_waiting: int = option(64, "Requests that wait for a place; above that, 429.", min=0)
+    max_running: int = option(32, "Requests processed at a time.", min=1)
+    max_waiting: int = option(64, "Requests that can wait; further ones get status 429.", min=0)
     request_timeout: float = option(
-        300.0, "Seconds that a request may take, waiting included.", min=0.001
+        300.0, "Time limit of a request in seconds, including waiting.", min=0.001
     )
     max_prompt_tokens: int | None = option(
-        None, "Of one prompt; by default what the model takes.", min=1
+        None, "Maximum tokens per prompt; default: the model's limit.", min=1
     )
-    max_choices: int = option(8, "Answers to a request (n).", min=1)
-    max_request_bytes: int = option(2**20, "Size of a request.", min=1)
+    max_choices: int = option(8, "Maximum choices per request (n).", min=1)
+    max_request_bytes: int = option(2**20, "Maximum request size in bytes.", min=1)
     shutdown_timeout: int = option(
-        30, "Seconds that requests have to end after Ctrl-C or SIGTERM.", min=0
+        30, "Seconds for requests to finish after Ctrl-C or SIGTERM.", min=0
     )
 
 
 @friendly
 def serve_command(
     *,
-    agent: str = option("adaptive", "An agent with its options; several with commas between them."),
+    agent: str = option("adaptive", "Agents with their options, comma-separated if several."),
     judge: options.RewardOptions = _REWARD,
     value: str = option("prefix", options.VALUE),
-    budget_tokens: int = option(1024, "Tokens that may be generated for one answer.", min=1),
+    budget_tokens: int = option(1024, "Tokens that a search may generate per answer.", min=1),
     max_response_tokens: int = option(256, options.TOKENS),
     host: str = option("127.0.0.1", "Address to listen on."),
-    port: int = option(8000, "0 takes a free one.", min=0, max=65535),
+    port: int = option(8000, "Port to listen on; 0 picks a free one.", min=0, max=65535),
     api_key_env: str | None = option(None, "Environment variable with the key that clients send."),
     plain_prompts: bool = option(False, options.PLAIN),
     limits: Limits,
     model: options.ModelOptions,
 ) -> None:
-    """Answer as an OpenAI-compatible server whose answers are searched for."""
+    """Start an OpenAI-compatible server that finds its answers by search."""
     from mbrl_text_env._lazy import extras
     from mbrl_text_env.agents.registry import make
     from mbrl_text_env.types import Budget, Prompt
@@ -78,6 +78,6 @@ def serve_command(
         each.check_budget([Prompt.from_text("Hello", chat=not plain_prompts)], budget)
     app = create_app(agents, budget, limits=limits, api_key=key, plain_prompts=plain_prompts)
     if key is None and host not in _LOOPBACK:
-        errors.print(f"Whoever reaches {host} can ask: give a key (--api-key-env).", style="yellow")
+        errors.print(f"Anyone can use {host} without a key: set --api-key-env.", style="yellow")
     console.print(f"Models at /v1: {', '.join(agents)}")
     uvicorn.run(app, host=host, port=port, timeout_graceful_shutdown=limits.shutdown_timeout)

@@ -1,6 +1,6 @@
-"""An OpenAI-compatible server whose answers are searched for: `create_app`.
+"""An OpenAI-compatible server that finds its answers by search: `create_app`.
 
-Requests share one `Driver`, so their model calls are made in common batches.
+Requests share one `Driver`, so that their model calls are batched.
 """
 
 from __future__ import annotations
@@ -51,14 +51,14 @@ from mbrl_text_env.types import Budget, BudgetError, FloatArray, Message, Prompt
 T = TypeVar("T")
 
 _LOG = logging.getLogger("uvicorn.error")
-# What a client that has gone would have been told; nginx's number.
+# Status for a client that has disconnected, as in nginx.
 _GONE = 499
 _PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/models")
 _WORD = re.compile(r"\s*\S+|\s+")
 
 
 class Refusal(Exception):  # noqa: N818 it becomes an answer
-    """A request that is not answered, in OpenAI's form."""
+    """An error response in OpenAI's format."""
 
     def __init__(
         self, status: int, message: str, *, code: str, param: str | None = None, **headers: str
@@ -66,14 +66,14 @@ class Refusal(Exception):  # noqa: N818 it becomes an answer
         super().__init__(message)
         kind = "invalid_request_error" if status < 500 else "server_error"
         error = {"message": message, "type": kind, "param": param, "code": code}
-        # OpenAI's clients send a request again unless they are told not to.
+        # OpenAI's clients retry unless told not to.
         again = "true" if status == 429 else "false"
         headers = {"x-should-retry": again} | {k.replace("_", "-"): v for k, v in headers.items()}
         self.response = JSONResponse({"error": error}, status, headers)
 
 
 class _Body(BaseModel):
-    """JSON without the parameters that are off, such as `"tools": []`; others must be known."""
+    """A JSON body; empty parameters such as `"tools": []` are dropped, unknown ones rejected."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -82,7 +82,7 @@ class _Body(BaseModel):
     def _without_what_is_off(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
-        # 0 is a number, and equal to False.
+        # Keep 0, which equals False.
         return {k: v for k, v in data.items() if v not in (None, [], {}) and v is not False}
 
 
@@ -101,7 +101,7 @@ class _Parameters(_Body):
     stop: _StopText | Annotated[list[_StopText], Field(max_length=4)] = []
     stream: bool = False
     stream_options: dict[Literal["include_usage"], bool] = {}
-    # Known where they change nothing.
+    # Accepted, if they have no effect.
     frequency_penalty: _Zero = 0
     presence_penalty: _Zero = 0
     user: Any = None
@@ -113,7 +113,7 @@ class _Parameters(_Body):
 
     @property
     def stops(self) -> tuple[str, ...]:
-        """The stop texts."""
+        """The stop sequences."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
 
@@ -146,12 +146,12 @@ class CompletionRequest(_Parameters):
 
 
 def _cut(text: str, stop: Sequence[str]) -> str:
-    """The text before the first of the stop texts."""
+    """The text before the first stop sequence."""
     return text[: min((text.find(each) for each in stop if each in text), default=len(text))]
 
 
 class _Cut(Wrapper):
-    """The score of responses cut at stop texts, as they are sent."""
+    """Score responses as they are sent, cut at stop sequences."""
 
     def __init__(self, reward: RewardModel, stop: tuple[str, ...]) -> None:
         super().__init__(reward)
@@ -162,12 +162,12 @@ class _Cut(Wrapper):
         return score_responses(self.reward, prompts, [_cut(r, self.stop) for r in responses])
 
     def bound(self, prompts: Sequence[Prompt], prefixes: Sequence[str]) -> FloatArray:
-        """Return float64[B], the bounds of what is left of the prefixes."""
+        """Return float64[B], the bounds of the cut prefixes."""
         return reward_bounds(self.reward, prompts, [_cut(p, self.stop) for p in prefixes])
 
 
 class _Metrics:
-    """What `/metrics` shows, in a registry of its own."""
+    """The metrics of `/metrics`, in their own registry."""
 
     def __init__(self, service: _Service) -> None:
         self.registry = prometheus.CollectorRegistry()
@@ -178,9 +178,7 @@ class _Metrics:
         self.seconds = prometheus.Histogram(
             "request_seconds", "Seconds a request took.", ["path"], **own
         )
-        self.spent = prometheus.Counter(
-            "spent", "What searches that ended have spent.", ["kind"], **own
-        )
+        self.spent = prometheus.Counter("spent", "Usage of finished searches.", ["kind"], **own)
         self.score = prometheus.Summary("score", "Scores of answers.", **own)
         gauges: dict[str, Callable[[], float]] = {
             "running_requests": lambda: service.running,
@@ -192,7 +190,7 @@ class _Metrics:
             prometheus.Gauge(gauge, f"{text}.", **own).set_function(value)
 
     def add(self, generations: Sequence[Generation]) -> None:
-        """Count what was found."""
+        """Add the usage and scores of generations."""
         for generation in generations:
             for kind, amount in generation.usage.as_dict().items():
                 self.spent.labels(kind).inc(amount)
@@ -201,7 +199,7 @@ class _Metrics:
 
 
 class _Door:
-    """Lets in what has the key and a size that is allowed, before it is read; counts answers."""
+    """Check key and size of a request before it is read, and count responses."""
 
     def __init__(self, app: ASGIApp, service: _Service, api_key: str | None) -> None:
         self.app, self.service, self.key = app, service, api_key
@@ -211,7 +209,7 @@ class _Door:
             await self.app(scope, receive, send)
             return
         metrics, start = self.service.metrics, time.perf_counter()
-        # Clients cannot add names.
+        # Clients must not create metric labels.
         path = scope["path"] if scope["path"] in _PATHS else "other"
 
         async def counted(message: ASGIMessage) -> None:
@@ -230,11 +228,11 @@ class _Door:
     def _check(self, method: str, headers: Headers) -> None:
         given = headers.get("authorization", "").encode("latin-1")
         if self.key is not None and not hmac.compare_digest(given, f"Bearer {self.key}".encode()):
-            message = "Expected the server's key: send `Authorization: Bearer KEY`."
+            message = "Expected the server's key. Send `Authorization: Bearer KEY`."
             raise Refusal(401, message, code="invalid_api_key")
         length, most = headers.get("content-length", ""), self.service.limits.max_request_bytes
         if method == "POST" and not length.isdigit():
-            raise Refusal(411, "Expected a Content-Length.", code="length_required")
+            raise Refusal(411, "Expected a Content-Length header.", code="length_required")
         if method == "POST" and int(length) > most:
             message = f"Expected at most {most} bytes, got {length}."
             raise Refusal(413, message, code="request_too_large")
@@ -253,11 +251,11 @@ class _Service:
         self.running = self.waiting = 0
         self.metrics = _Metrics(self)
         self._places = asyncio.Semaphore(self.limits.max_running)
-        # So that requests with the same stop texts share calls of the reward.
+        # Requests with the same stop sequences share reward calls.
         self._rewards = lru_cache(maxsize=64)(_Cut)
 
     async def answer(self, body: _Parameters, prompts: Sequence[Prompt]) -> list[Generation]:
-        """`body.n` answers to each prompt, one prompt's after the other's; or a `Refusal`."""
+        """`body.n` answers per prompt, grouped by prompt; or a `Refusal`."""
         agent = self._agent(body)
         if len(prompts) * body.n > self.limits.max_choices:
             message = f"Expected at most {self.limits.max_choices} choices in a request, got "
@@ -270,7 +268,7 @@ class _Service:
                 found = await self._generate(agent, body, prompts)
         except TimeoutError:
             message = f"No answer within {self.limits.request_timeout:g} seconds: the search was "
-            message += "ended. Ask for fewer choices or tokens, or raise --request-timeout."
+            message += "stopped. Ask for fewer choices or tokens, or raise --request-timeout."
             raise Refusal(504, message, code="timeout") from None
         self.metrics.add(found)
         return found
@@ -279,7 +277,7 @@ class _Service:
         self, agent: Agent, body: _Parameters, prompts: Sequence[Prompt]
     ) -> list[Generation]:
         seed = secrets.randbelow(2**31) if body.seed is None else body.seed
-        # The first is what is answered where one is asked for.
+        # The first seed is that of a request with n = 1.
         seeds = [seed if k == 0 else spawn_seed(seed, k) for k in range(body.n)]
         asked = [(prompt, each) for prompt in prompts for each in seeds]
         searches = [
@@ -292,16 +290,16 @@ class _Service:
         except RewardError as error:
             name = reward_name(agent.reward_model)
             _LOG.exception("Reward %r failed", name)
-            message = f"The reward {name!r} failed on this request: it raised, took too long, or "
-            message += "gave no finite number. The server's log says more."
+            message = f"The reward {name!r} failed on this request: it raised, timed out, or "
+            message += "returned a value that is not finite. See the server's log."
             raise Refusal(500, message, code="reward_failed") from error
         except Exception as error:
             _LOG.exception("A search failed")
-            message = f"The search failed ({type(error).__name__}); the server's log says more."
+            message = f"The search failed ({type(error).__name__}). See the server's log."
             raise Refusal(500, message, code="search_failed") from error
 
     def _agent(self, body: _Parameters) -> Agent:
-        """The agent that the request names, with the request's way of drawing."""
+        """The requested agent, with the request's sampling parameters."""
         if body.model not in self.agents:
             message = f"Expected one of {list(self.agents)}, got {body.model!r}."
             raise Refusal(404, message, code="model_not_found", param="model")
@@ -332,9 +330,11 @@ class _Service:
 
     @asynccontextmanager
     async def _place(self) -> AsyncIterator[None]:
-        """One of the places, when there is one; a `Refusal` where too many wait for it."""
+        """Wait for a free place; a `Refusal` if too many requests wait."""
         if self._places.locked() and self.waiting >= self.limits.max_waiting:
-            message = f"{self.running} requests are answered and {self.waiting} wait. Try later."
+            message = (
+                f"Busy: {self.running} requests are running and {self.waiting} wait. Try later."
+            )
             raise Refusal(429, message, code="rate_limit_exceeded", retry_after="1")
         self.waiting += 1
         try:
@@ -350,13 +350,13 @@ class _Service:
 
 
 def _head(kind: str, body: _Parameters) -> dict[str, Any]:
-    """What an answer and each of its chunks begin with."""
+    """The common fields of a response and its chunks."""
     created = {"object": kind, "created": int(time.time()), "model": body.model}
     return {"id": f"{kind.split('.')[0]}-{uuid.uuid4().hex}", **created}
 
 
 def _answer(found: Sequence[Generation], body: _Parameters) -> Response:
-    """The answers as OpenAI writes them, whole or as a stream of events, and their scores."""
+    """The response in OpenAI's format, whole or as an event stream, with scores."""
     texts = [_cut(each.text, body.stops) for each in found]
     ends = [
         {
@@ -405,7 +405,7 @@ def _events(
     going = {"finish_reason": None}
     chunks: list[dict[str, Any]] = []
     for i, (text, end) in enumerate(zip(texts, ends, strict=True)):
-        # The beginning and the end of a choice are events of their own.
+        # The start and the end of a choice are separate events.
         pieces = [("", going), *((word, going) for word in _WORD.findall(text)), ("", end)]
         chunks += [
             {"choices": [{"index": i, **_piece(piece, k == 0, body), **more}]}
@@ -419,7 +419,7 @@ def _events(
 
 
 def _usage(found: Sequence[Generation], n: int) -> dict[str, Any]:
-    """Tokens of prompts and answers, as OpenAI counts them, and what the search spent."""
+    """Token counts in OpenAI's format, and the usage of the search."""
     prompt = sum(len(each.completion.state.prompt_ids) for each in found[::n])
     answer = sum(len(each.completion.state.response_ids) for each in found)
     counts = {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}
@@ -427,7 +427,7 @@ def _usage(found: Sequence[Generation], n: int) -> dict[str, Any]:
 
 
 def _prompts(contents: Sequence[str | tuple[Message, ...]]) -> list[Prompt]:
-    """Prompts with ids that follow from their contents, as what is drawn does."""
+    """Make prompts with ids that are digests of their contents."""
     try:
         return [
             Prompt(hashlib.sha256(repr(each).encode()).hexdigest()[:16], each) for each in contents
@@ -437,7 +437,7 @@ def _prompts(contents: Sequence[str | tuple[Message, ...]]) -> list[Prompt]:
 
 
 async def _all(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
-    """What all return; when one fails, or this is cancelled, all are."""
+    """Await all; if one fails or this is cancelled, cancel all."""
     tasks = [asyncio.create_task(each) for each in work]
     try:
         return await asyncio.gather(*tasks)
@@ -451,7 +451,7 @@ async def _unless_gone(
     searching: Coroutine[Any, Any, list[Generation]],
     body: _Parameters,
 ) -> Response:
-    """The answer; when the client has gone, the search is cancelled."""
+    """Respond, or cancel the search if the client disconnects."""
 
     async def gone() -> None:
         while (await request.receive())["type"] != "http.disconnect":
@@ -467,7 +467,7 @@ async def _unless_gone(
 
 
 async def _error(request: Request, error: Any) -> Response:
-    """What is answered for an error, in OpenAI's form."""
+    """The response to an error, in OpenAI's format."""
     if isinstance(error, Refusal):
         response: Response = error.response
         return response
@@ -481,8 +481,8 @@ async def _error(request: Request, error: Any) -> Response:
     if isinstance(error, HTTPException):
         message = f"{request.method} {request.url.path}: {error.detail}."
         return Refusal(error.status_code, message, code="not_found").response
-    # Starlette raises it again, so that it is in the log.
-    message = f"The server failed ({type(error).__name__}); its log says more."
+    # Starlette raises it again, which logs it.
+    message = f"The server failed ({type(error).__name__}). See its log."
     return Refusal(500, message, code="internal_error").response
 
 
@@ -494,14 +494,14 @@ def create_app(
     api_key: str | None = None,
     plain_prompts: bool = False,
 ) -> FastAPI:
-    """The server, an ASGI application; `mbrl-text serve` runs it with uvicorn.
+    """Create the server, an ASGI application; `mbrl-text serve` runs it with uvicorn.
 
     Args:
-        agents: By the names that clients ask for as `model`.
-        budget: What the search for one answer may spend.
-        limits: What is refused; None for the default limits.
-        api_key: What clients send, as with OpenAI; None lets in everybody.
-        plain_prompts: Whether chats are written as plain texts, for models without a template.
+        agents: Agents by the name that clients send as `model`.
+        budget: Budget of the search per answer.
+        limits: Limits on requests; None for the defaults.
+        api_key: Key that clients send, as with OpenAI; None allows everyone.
+        plain_prompts: Whether to write chats as plain text, for models without a chat template.
 
     Raises:
         ServeError: There is no agent.

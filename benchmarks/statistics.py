@@ -1,8 +1,8 @@
-"""Statistics of paired comparisons, on SciPy.
+"""Statistics of paired comparisons, based on SciPy.
 
-The unit is the prompt: several seeds of a prompt are not several prompts. Where a prompt has
-several rows, take their mean (`prompt_means`) before a test or an interval. A value that is not
-finite, or no value at all, is a ValueError everywhere.
+The unit is the prompt: several seeds of a prompt are not independent. If a prompt has several rows,
+average them (`prompt_means`) before a test or an interval. All functions raise ValueError for
+values that are not finite, or if there are none.
 """
 
 from __future__ import annotations
@@ -38,18 +38,18 @@ class Interval:
         return f"{self.estimate:{spec}} [{self.low:{spec}}, {self.high:{spec}}]"
 
     def as_mean(self) -> dict[str, float]:
-        """A mean, as rows and summaries have it: `mean`, `low`, `high`."""
+        """Convert to the keys of rows and summaries: `mean`, `low`, `high`."""
         return {"mean": self.estimate, "low": self.low, "high": self.high}
 
     @classmethod
     def of(cls, row: Mapping[str, Any]) -> Interval:
-        """What `as_mean` has put into a row."""
+        """Read the keys of `as_mean` from a row."""
         return cls(row["mean"], row["low"], row["high"])
 
 
 @dataclass(frozen=True)
 class WinRate:
-    """How often one of two is better on the same prompt; `rate` counts a tie as half a win."""
+    """Counts of wins on the same prompts; `rate` counts a tie as half a win."""
 
     wins: int
     ties: int
@@ -62,7 +62,7 @@ class WinRate:
 
 
 def checked(values: npt.ArrayLike, dimensions: int, name: str) -> FloatArray:
-    """`values` as a float64 array of so many dimensions; see the module for what is refused."""
+    """Convert `values` to a float64 array of `dimensions` dimensions, or raise ValueError."""
     array = np.asarray(values, dtype=np.float64)
     if array.ndim != dimensions or not array.size or not np.isfinite(array).all():
         raise ValueError(
@@ -75,11 +75,10 @@ def checked(values: npt.ArrayLike, dimensions: int, name: str) -> FloatArray:
 def paired_differences(
     rows: Iterable[Mapping[str, Any]], baseline: Iterable[Mapping[str, Any]]
 ) -> FloatArray:
-    """Score minus the baseline's, float64[K], of the rows of both with the same prompt and seed.
+    """Score minus the baseline's, float64[K], over rows with the same prompt and seed.
 
-    Rows are those of `benchmarks.compare`; one whose score is None (a response that could not be
-    scored) counts as missing. Two rows of one side for the same prompt and seed, and no pair at
-    all, are ValueErrors.
+    Rows are those of `benchmarks.compare`; a row whose score is None (scoring failed) counts as
+    missing. Raises ValueError for duplicate rows of a prompt and seed, and if there are no pairs.
 
     Example:
         >>> own = [{"prompt_id": "a", "seed": 0, "score": 2.0}]
@@ -109,7 +108,7 @@ def paired_differences(
 
 
 def prompt_means(values: npt.ArrayLike, prompts: Sequence[Hashable]) -> FloatArray:
-    """Mean of each prompt's rows, float64[P], in the order in which the prompts first appear.
+    """Mean per prompt, float64[P], in order of first appearance.
 
     Example:
         >>> prompt_means([1.0, 3.0, 5.0], ["a", "a", "b"])
@@ -126,16 +125,16 @@ def prompt_means(values: npt.ArrayLike, prompts: Sequence[Hashable]) -> FloatArr
 def mean_interval(
     values: npt.ArrayLike, *, confidence: float = 0.95, resamples: int = 9999, seed: int = 0
 ) -> Interval:
-    """Mean of float64[B] with its bootstrap interval (BCa; percentile where BCa is undefined).
+    """Mean of float64[B] with its bootstrap interval (BCa; percentile if BCa is undefined).
 
-    For a paired comparison pass the differences: resampling these is resampling the pairs.
+    For a paired comparison, pass the differences: this resamples the pairs.
     """
     values = checked(values, 1, "values")
     mean = float(values.mean())
     if np.ptp(values) == 0 or len(values) < 2:
         return Interval(mean, mean, mean)
     with warnings.catch_warnings():
-        # SciPy warns where BCa is undefined; the loop then goes on to the percentile interval.
+        # SciPy warns if BCa is undefined; the loop then uses the percentile interval.
         warnings.simplefilter("ignore", RuntimeWarning)
         for method in ("BCa", "percentile"):
             found = stats.bootstrap(
@@ -154,9 +153,9 @@ def mean_interval(
 def percentile_tail(units: int, confidence: float) -> float:
     """Share of resamples to cut off at each end for a percentile interval of a mean.
 
-    A little less than (1 - confidence) / 2, for resamples of few units (such as prompts) vary too
-    little: the expanded percentile interval of Hesterberg, "What teachers should know about the
-    bootstrap", The American Statistician 2015, section 5.3.
+    It is slightly less than (1 - confidence) / 2, because resamples of few units (such as prompts)
+    vary too little: the expanded percentile interval of Hesterberg, "What teachers should know
+    about the bootstrap", The American Statistician 2015, section 5.3.
     """
     if units < 2 or not 0 < confidence < 1:
         raise ValueError(
@@ -170,15 +169,15 @@ def percentile_tail(units: int, confidence: float) -> float:
 def simultaneous_intervals(
     values: FloatArray, *, resamples: int = 4999, seed: int = 0
 ) -> list[Interval]:
-    """Means of the columns of float64[B, K], B >= 2, with 95% intervals that hold for all at once.
+    """Column means of float64[B, K], B >= 2, with simultaneous 95% intervals.
 
-    The most striking column may be picked afterwards. Rows are resampled whole, which keeps columns
-    paired. Over fewer than some ten rows, or where few rows differ, such intervals are rough.
+    Columns can be selected afterwards. Whole rows are resampled, which keeps columns paired. With
+    fewer than about ten rows, or if few rows differ, the intervals are rough.
 
-    Source: Beran, "Balanced simultaneous confidence sets", JASA 1988: of each column's studentised
-    deviations the same quantile, so high that all columns hold together. Deviation: a resample's
-    standard error counts at least a quarter of the column's; else resamples without the one row
-    that differs would make the interval as wide as they are free of spread.
+    Source: Beran, "Balanced simultaneous confidence sets", JASA 1988: the same quantile of each
+    column's studentised deviations, chosen so that all columns are covered together. Deviation: the
+    standard error of a resample is at least a quarter of the column's; otherwise resamples without
+    the only row that differs would make the interval too wide.
     """
     values = checked(values, 2, "values")
     rows = len(values)
@@ -187,7 +186,7 @@ def simultaneous_intervals(
     means = values.mean(axis=0)
     centred = values - means
     errors = values.std(axis=0, ddof=1) / np.sqrt(rows)
-    # Rounding of equal values is no spread.
+    # Ignore spread due to rounding.
     moving = np.ptp(values, axis=0) > 1e-12 * np.abs(values).max(axis=0)
     half = np.zeros(len(means))
     if moving.any():
@@ -205,7 +204,7 @@ def simultaneous_intervals(
 
 
 def win_rate(values: npt.ArrayLike, baseline: npt.ArrayLike) -> WinRate:
-    """Compare paired values; differences up to 1e-9 are ties."""
+    """Count wins, ties and losses of paired values; differences up to 1e-9 are ties."""
     own, other = checked(values, 1, "values"), checked(baseline, 1, "baseline")
     if own.shape != other.shape:
         raise ValueError(f"Expected pairs, got shapes {own.shape} and {other.shape}.")
@@ -221,11 +220,11 @@ def paired_permutation_test(
     resamples: int = 9999,
     seed: int = 0,
 ) -> float:
-    """Two-sided p-value of paired differences float64[P] being as far above 0 as below.
+    """Two-sided p-value of the null hypothesis that differences float64[P] are symmetric around 0.
 
-    Under the null hypothesis each difference may as well have the other sign. All sign patterns are
-    counted where there are at most `resamples` of them, else as many random ones, with the pattern
-    seen among them, so the p-value is never 0. Differences of 0 have no sign and are left out.
+    Under the null hypothesis the sign of each difference is random. Up to `resamples` sign
+    patterns, all are counted; otherwise as many random ones, including the observed one, so the
+    p-value is never 0. Differences of 0 are left out.
 
     Source: Fisher, "The Design of Experiments", 1935, section 21; random patterns as in Phipson and
     Smyth, "Permutation p-values should never be zero", 2010; by `scipy.stats.permutation_test`.
@@ -237,7 +236,7 @@ def paired_permutation_test(
     given = checked(differences, 1, "differences")
     moving = given[given != 0]
     largest = float(np.abs(given).max()) or 1.0
-    # SciPy wants two observations.
+    # SciPy requires two observations.
     flipped = np.append(moving, np.zeros(max(0, 2 - len(moving)))) / largest
     found = stats.permutation_test(
         (flipped,),
@@ -254,16 +253,16 @@ def paired_permutation_test(
 def exchange_test(
     own: npt.ArrayLike, others: npt.ArrayLike, *, resamples: int = 9999, seed: int = 0
 ) -> float:
-    """Test whether an agent's answers score as if they were among others to the same prompts.
+    """Test whether an agent's scores have the same distribution as others to the same prompts.
 
-    If they are, each prompt's own scores (float64[P] or float64[P, S]) may as well change places
-    with any of the others (float64[P, K], independent answers). The sum of the own scores is
-    compared with those of random exchanges, that seen among them: an exact two-sided stratified
-    permutation test, whatever the scores' distributions. Returns the p-value.
+    Under the null hypothesis a prompt's own scores (float64[P] or float64[P, S]) are exchangeable
+    with the others (float64[P, K], independent answers). The sum of the own scores is compared with
+    the sums of random exchanges, including the observed one: an exact two-sided stratified
+    permutation test for any score distribution. Returns the p-value.
 
-    The hypothesis is that the distributions are equal. If only their means are, and the own scores
-    vary more, it can be found wrong too often; `paired_permutation_test` of the differences from
-    the others' means cannot, but assumes that these are symmetric.
+    If only the means are equal, and the own scores vary more, the test can reject too often.
+    `paired_permutation_test` of the differences from the others' means does not, but assumes that
+    these are symmetric.
 
     Source: van Elteren, "On the combination of independent two sample tests of Wilcoxon", 1960,
     with scores in place of ranks; p-values as in Phipson and Smyth, 2010.
@@ -277,7 +276,7 @@ def exchange_test(
     theirs = checked(others, 2, "others")
     if len(mine) != len(theirs):
         raise ValueError(
-            f"Expected other answers to the same prompts; got {len(mine)} scores and answers to "
+            f"Expected other answers to the same prompts, got {len(mine)} scores and answers to "
             f"{len(theirs)} prompts."
         )
     together = np.column_stack([mine, theirs])
@@ -294,10 +293,10 @@ def exchange_test(
 
 
 def holm(p_values: npt.ArrayLike) -> FloatArray:
-    """P-values float64[K] of a family of tests, adjusted by Holm's method; in the order given.
+    """Adjust the p-values float64[K] of a family of tests by Holm's method, in the given order.
 
-    However the tests depend on each other, a false rejection (of an adjusted value up to alpha) in
-    the family has probability alpha at most.
+    For any dependence between tests, the probability of a false rejection (an adjusted value up to
+    alpha) in the family is at most alpha.
 
     Source: Holm, "A simple sequentially rejective multiple test procedure", 1979.
 
@@ -318,9 +317,9 @@ def holm(p_values: npt.ArrayLike) -> FloatArray:
 def smallest_detectable_effect(
     prompts: int, sd: float, *, alpha: float = 0.05, power: float = 0.8
 ) -> float:
-    """Mean difference that a paired two-sided test of so many prompts finds with the given power.
+    """Mean difference that a paired two-sided test over `prompts` prompts detects with this power.
 
-    A smaller true difference is likely to be missed: say so where a comparison finds nothing. `sd`
+    Smaller differences are likely to be missed: report it if a comparison finds no difference. `sd`
     is the standard deviation of the differences.
 
     Source: the power of the paired t-test (Cohen, "Statistical Power Analysis for the Behavioral
@@ -332,7 +331,7 @@ def smallest_detectable_effect(
     """
     if prompts < 2 or not 0 <= sd < math.inf or not 0 < alpha < power < 1:
         raise ValueError(
-            "Expected two prompts or more, a standard deviation from 0 up and 0 < alpha < power < "
+            "Expected two prompts or more, a standard deviation >= 0 and 0 < alpha < power < "
             f"1, got prompts={prompts}, sd={sd}, alpha={alpha}, power={power}."
         )
     freedom = prompts - 1

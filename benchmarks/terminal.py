@@ -1,8 +1,8 @@
-"""How `mbrl-text` prints.
+"""Terminal output of `mbrl-text`.
 
-Prompts, responses, names, paths and errors are other people's text: none of it is read as markup,
-emoji codes or control sequences. What could move the cursor, colour, overwrite or reorder the line
-is shown as an escape, such as `\\x1b`. Where the output is no terminal, no line is wrapped or cut.
+Prompts, responses, names, paths and errors are untrusted text: they are not parsed as markup, emoji
+codes or control sequences. Control characters and bidirectional marks are shown as escapes, such as
+`\\x1b`. If the output is not a terminal, lines are not wrapped or cut.
 """
 
 from __future__ import annotations
@@ -35,21 +35,21 @@ from rich.table import Column, Table
 from rich.text import Text
 from typer.core import TyperGroup
 
-# Controls (C0, C1) but for tabs and line ends, marks that change the direction of writing, line
-# separators, and halves of characters, which no stream takes.
+# Controls (C0, C1) except tabs and line ends, bidirectional marks, line separators, and lone
+# surrogates, which streams cannot encode.
 _UNSAFE = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
 )
 _UNLIMITED = 2**16
 _LINE_SECONDS = 10.0
 COMMAND: ContextVar[str] = ContextVar("COMMAND", default="")
-"""The command line that is being carried out; empty in Python."""
-# Typer brings a copy of click's in its newer versions and imports click in the older ones.
+"""The running command line; empty if called from Python."""
+# Newer versions of Typer vendor click, older ones import it.
 UsageError: Any = typer.BadParameter.__mro__[1]
 
 
 def visible(text: str) -> str:
-    r"""A text with its control characters as escapes; tabs and line ends stay.
+    r"""Escape the control characters of a text, except tabs and line ends.
 
     Example:
         >>> visible("red \x1b[31m, back \r\u202e")
@@ -63,12 +63,12 @@ def visible(text: str) -> str:
 
 
 def plain(text: str, style: str | Style = "") -> Text:
-    """A text for Rich that is shown as it is."""
+    """Make a Rich text that is shown literally."""
     return Text(visible(text), style=style)
 
 
 def panel(content: str, title: str, subtitle: str = "") -> Panel:
-    """A frame around a text, as wide as it and its titles need, where there is room."""
+    """Frame a text; the frame is as wide as the text and its titles, if there is room."""
     text, above, below = plain(content), plain(title), plain(subtitle)
     width = max(text.__rich_measure__(errors, errors.options).maximum, above.cell_len + 2)
     return Panel(
@@ -77,12 +77,12 @@ def panel(content: str, title: str, subtitle: str = "") -> Panel:
 
 
 def numbers(*headings: str) -> list[Column]:
-    """Columns of a table for figures, aligned on the right."""
+    """Right-aligned table columns for numbers."""
     return [Column(heading, justify="right") for heading in headings]
 
 
 def table_of(rows: Iterable[Iterable[str]], *columns: Column | str, **options: Any) -> Table:
-    """A table of Rich's with its rows."""
+    """Make a Rich table with rows."""
     shown = Table(*columns, **options)
     for row in rows:
         shown.add_row(*row)
@@ -90,16 +90,16 @@ def table_of(rows: Iterable[Iterable[str]], *columns: Column | str, **options: A
 
 
 class _Told(Progress):
-    """A bar, and where there is no terminal a line every ten seconds."""
+    """A progress bar; without a terminal, a line every ten seconds."""
 
     def __init__(self, *columns: Any, console: Console) -> None:
-        # It asks for its renderable when it has no console yet.
+        # `Progress` asks for the renderable before it has a console.
         self._told = math.inf
         super().__init__(*columns, console=console)
         self._told = time.monotonic()
 
     def get_renderable(self) -> Any:
-        """What the bar's thread asks for several times a second."""
+        """Called by the bar's thread several times per second."""
         now = time.monotonic()
         if now - self._told >= _LINE_SECONDS and not self.console.is_terminal:
             self._told = now
@@ -112,9 +112,9 @@ class _Told(Progress):
 
 
 def progress_bar(on: Console | None = None) -> Progress:
-    """A bar with counts, the time that has passed and the time that is left.
+    """A progress bar with counts, elapsed time and remaining time.
 
-    Where there is no terminal, a line says so every ten seconds.
+    Without a terminal, it prints a line every ten seconds.
     """
     return _Told(
         TextColumn("{task.description}", markup=False),
@@ -127,42 +127,42 @@ def progress_bar(on: Console | None = None) -> Progress:
 
 
 class PlainConsole(Console):
-    """A console of Rich's that prints texts as they are, each in one line, however long.
+    """A Rich console that prints strings literally and does not wrap them.
 
-    Tables are as wide as the terminal or COLUMNS say, or as they need where there is neither.
+    Tables are as wide as the terminal or COLUMNS, or as they need if there is neither.
     """
 
     def __init__(self, *, stderr: bool = False) -> None:
         super().__init__(stderr=stderr, markup=False, emoji=False, highlight=False)
 
-    @property  # type: ignore[misc]  # Rich's can be set, which nothing here does.
+    @property  # type: ignore[misc]  # Rich's property has a setter, which is not used.
     def size(self) -> ConsoleDimensions:
-        """Columns and lines; that a pipe takes colours says nothing of its width."""
+        """Columns and lines; a pipe has no width, even if it takes colours."""
         found = super().size
         if self._width is not None or "COLUMNS" in os.environ or self.file.isatty():
             return found
         return ConsoleDimensions(_UNLIMITED, found.height)
 
     def on_broken_pipe(self) -> None:
-        """The reader, such as `head`, has ended: nothing more is printed."""
+        """Stop printing: the reader of the pipe, such as `head`, has closed it."""
         self.quiet = True
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(1)
 
     def print(self, *objects: Any, **options: Any) -> None:
-        """Print strings, or what Rich can render."""
+        """Print strings or Rich renderables."""
         if all(isinstance(item, str) for item in objects):
             options.setdefault("soft_wrap", True)
         super().print(*objects, **options)
 
     def render_str(self, text: str, **options: Any) -> Text:
-        """Make a string renderable."""
+        """Make a string a Rich text, with control characters escaped."""
         return super().render_str(visible(text), **options)
 
     def render(
         self, renderable: RenderableType, options: ConsoleOptions | None = None
     ) -> Iterable[Segment]:
-        """Render; what came as a Rich text is made visible here."""
+        """Render, and escape control characters of Rich texts."""
         for segment in super().render(renderable, options):
             text = segment.text if segment.control else visible(segment.text)
             yield segment if text == segment.text else Segment(text, segment.style)
@@ -173,10 +173,10 @@ errors = PlainConsole(stderr=True)
 
 
 class CommandLine(TyperGroup):
-    """Commands whose usage errors and warnings are printed like everything else, in one line."""
+    """A command group that prints usage errors and warnings in one line."""
 
     def main(self, *args: Any, **options: Any) -> Any:
-        """Run a command and exit: 0 if all was done, 2 for what the user can change."""
+        """Run a command and exit with its code; see `benchmarks.cli`."""
         if not options.pop("standalone_mode", True):
             return super().main(*args, standalone_mode=False, **options)  # type: ignore[misc]
         words = args[0] if args else options.get("args")
@@ -187,13 +187,13 @@ class CommandLine(TyperGroup):
 
     def _code(self, *args: Any, **options: Any) -> int:
         for stream in (sys.stdout, sys.stderr):
-            # An encoding that lacks a character shows its escape.
+            # Characters that the encoding lacks are printed as escapes.
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="backslashreplace")
         try:
             return super().main(*args, standalone_mode=False, **options) or 0  # type: ignore[misc]
         except UsageError as error:
-            # Without a message it was the help, which has been printed.
+            # Without a message, the help was printed.
             if error.format_message():
                 command = error.ctx.command_path if error.ctx else "mbrl-text"
                 errors.print(

@@ -23,11 +23,11 @@ _TRAIN = options.PromptOptions(split="train")
 
 
 class TrainError(ValueError):
-    """A training that cannot be run as asked."""
+    """A training that cannot be run as requested."""
 
 
 def settings_of(algorithm: str, changes: dict[str, Any], items: Sequence[str]) -> Any:
-    """The settings of an algorithm: its own, `changes` that are not None, and "NAME=VALUE" items.
+    """The settings of an algorithm: its defaults, `changes` except None, and "NAME=VALUE" items.
 
     Raises:
         TrainError, SettingError: A name is unknown, or a value is of another type.
@@ -63,31 +63,31 @@ def train_command(
         str, typer.Argument(help="ppo, dqn, grpo, rloo, dyna or expert-iteration.")
     ],
     *,
-    out: Path = option(Path("training"), "Folder of the training; goes on if it exists."),
+    out: Path = option(Path("training"), "Output folder; an existing training is resumed."),
     steps: int | None = option(
         None,
-        "Of the environments (PPO, DQN), of the optimizer (GRPO, RLOO, dyna), or "
-        "iterations; by default 4096, 60 and 3.",
+        "Environment steps (PPO, DQN), optimizer steps (GRPO, RLOO, dyna) or iterations; "
+        "default: 4096, 60 and 3.",
         min=1,
     ),
     max_response_tokens: int | None = option(
-        None, "Token limit of a response; by default that of the algorithm.", min=1
+        None, "Maximum tokens per response; default: that of the algorithm.", min=1
     ),
     settings: list[str] | None = option(None, options.SET),
     seed: int = option(0, options.SEED),
-    wandb: bool = option(False, "Send the curves to Weights & Biases too.", "--wandb"),
+    wandb: bool = option(False, "Also log to Weights & Biases.", "--wandb"),
     num_prompts: int = option(48, options.COUNT),
     held_out: int = option(
-        8, "Further prompts to measure on (PPO, DQN and expert iteration only).", min=1
+        8, "Number of held-out prompts for evaluation (PPO, DQN and expert iteration only).", min=1
     ),
     judge: options.RewardOptions,
     prompts: options.PromptOptions = _TRAIN,
     model: options.ModelOptions,
     machines: RayOptions,
 ) -> None:
-    """Train a policy from a reward; can be killed and resumed.
+    """Train a policy from a reward. Can be resumed.
 
-    `tensorboard --logdir OUT/events` shows the reward and length of episodes.
+    `tensorboard --logdir OUT/events` shows episode rewards and lengths.
     """
     from mbrl_text_env.benchmarks.training import LOOP, Training
 
@@ -131,4 +131,4 @@ def _report(training: Training) -> None:
     if training.policy.exists():
         console.print(f"Use the policy: {use_of(training.algorithm, training.folder)}")
     else:
-        console.print("No iteration is above the base model on the held-out prompts: no policy.")
+        console.print("No iteration beats the base model on the held-out prompts: no policy.")

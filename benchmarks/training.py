@@ -1,6 +1,6 @@
-"""A training in a folder: a policy that learns from a reward, its curves, and its page.
+"""Train a policy from a reward in a folder, with curves and a report.
 
-The folder has `config.json` (what the policy depends on), `policy/` (what `compare --policy` takes)
+The folder has `config.json` (all that the policy depends on), `policy/` (for `compare --policy`)
 and `events/` for TensorBoard. Expert iteration keeps its iterations in `loop/`.
 """
 
@@ -38,19 +38,19 @@ _STEPS = {LOOP: "iteration", "grpo": "step", "rloo": "step", "dyna": "step"}
 Points = Sequence[tuple[float, float]]
 HeldOut = Mapping[float, Sequence[float]]
 Tell = Callable[[int, str], None]
-"""Is called with the steps so far and a word on what is done."""
+"""Called with the number of steps so far and a word on the current stage."""
 
 _EVENTS = "events"
-# They say how far a loop goes, not what an iteration does.
+# These change how long a loop runs, not what an iteration does.
 _ADJUSTABLE = ("iterations", "patience")
 
 
 @dataclass(frozen=True)
 class Training:
-    """The parts of a training: its algorithm, with settings of its own, models and prompts.
+    """The parts of a training: algorithm, its settings, models and prompts.
 
-    There are prompts `held_out` to measure on for PPO, DQN and expert iteration, which answers
-    prompts where `each` says.
+    `held_out` prompts are for evaluation in PPO, DQN and expert iteration. `each` runs the prompts
+    of expert iteration, for example on `RayWorkers`.
     """
 
     algorithm: str
@@ -64,17 +64,17 @@ class Training:
 
     @property
     def policy(self) -> Path:
-        """Where the policy is written."""
+        """The folder of the policy."""
         return self.folder / POLICY
 
     @property
     def steps(self) -> int:
-        """Of environments or of the optimizer, or iterations."""
+        """Environment steps, optimizer steps or iterations."""
         names = ("total_steps", "steps", "iterations")
         return next(getattr(self.settings, n) for n in names if hasattr(self.settings, n))
 
     def run(self, tell: Tell, *, wandb: bool = False) -> None:
-        """Train, or go on, to the end; what has ended is left as it is.
+        """Train to the end, or resume; a finished training is unchanged.
 
         Raises:
             TuningError: The folder holds another training; or see `train_ppo` and `train_grpo`.
@@ -82,7 +82,7 @@ class Training:
             MissingExtraError: A package is not installed.
         """
         with claimed(self.folder, self._record(), "training", TuningError):
-            # A loop may have more iterations than before.
+            # A loop can be resumed with more iterations.
             if self.algorithm != LOOP and self.policy.exists():
                 return
             with closing(Curves(self, with_wandb=wandb)) as curves:
@@ -108,10 +108,9 @@ class Training:
 
 
 class Curves:
-    """Reward and length of episodes by step: event files, and Weights & Biases where asked for.
+    """Log episode reward and length by step to event files, and to Weights & Biases if asked for.
 
-    A training that goes on does some steps again: from its first one on, what it writes takes the
-    place of what was written.
+    A resumed training repeats some steps; from its first step on, it replaces earlier events.
     """
 
     def __init__(self, training: Training, *, with_wandb: bool) -> None:
@@ -122,14 +121,14 @@ class Curves:
         self._writer: Any = None
 
     def add(self, step: int, reward: float, length: float, **more: float | None) -> None:
-        """Note a step; reward and length have the names that stable-baselines3 gives them."""
+        """Log a step; reward and length have the names that stable-baselines3 uses."""
         values = {"rollout/ep_rew_mean": reward, "rollout/ep_len_mean": length}
         values |= {f"train/{name}": value for name, value in more.items() if value is not None}
         if self._writer is None:
             self._writer = self._make(self._folder, purge_step=step)
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
-        # What a kill took away would not be written again by the training that goes on.
+        # A resumed training would not repeat events that a kill lost.
         self._writer.flush()
         if self._wandb is not None:
             self._wandb.log(values, step=step)
@@ -163,7 +162,7 @@ def _train_choice(training: Training, curves: Curves, tell: Tell) -> None:
         from stable_baselines3.common.callbacks import BaseCallback
 
     class Episodes(BaseCallback):
-        """Means over the episodes that end in a step; lengths in chunks."""
+        """Log means over the episodes that end in a step; lengths are in chunks."""
 
         def _on_training_start(self) -> None:
             env: Any = self.training_env
@@ -211,7 +210,7 @@ def _train_loop(training: Training, curves: Curves, tell: Tell) -> None:
     noted = 0
 
     def on_stage(iteration: int, stage: str) -> None:
-        """Note the iterations that have ended since the last time, from the loop's own files."""
+        """Log the iterations that finished since the last call, from the loop's files."""
         nonlocal noted
         for done in range(noted, iteration):
             path = folder / f"{done:02d}" / "scores.json"
@@ -231,20 +230,20 @@ def _train_loop(training: Training, curves: Curves, tell: Tell) -> None:
 
 
 def is_training(folder: Path) -> bool:
-    """Whether a folder is that of a training that has ended."""
+    """Whether a folder holds a finished training."""
     parts = (folder / POLICY, folder / LOOP_FOLDER)
     return (folder / ABOUT).is_file() and any(part.is_dir() for part in parts)
 
 
 def use_of(algorithm: str, folder: Path) -> str:
-    """The command that compares a policy with best-of-N."""
+    """The command that compares the policy with best-of-N."""
     agent = "candidates" if algorithm in CHOICES else "best-of-n"
     agents = f"best-of-n,{agent}:policy=trained"
     return f"mbrl-text compare --agents {agents} --policy trained={folder / POLICY}"
 
 
 def recorded_page(folder: Path) -> Page:
-    """The page of a training that has ended.
+    """Make the page of a finished training.
 
     Raises:
         CompareError: A file is damaged or missing.
@@ -269,8 +268,8 @@ def _page(folder: Path, about: Mapping[str, Any], points: Points, held_out: Held
         ),
         *numbers(label, *(one.name for one in series)),
         title=f"Mean {reward}",
-        caption="Bootstrap intervals of 95%: of the episodes up to a step since the row before, "
-        "and of the held-out prompts.",
+        caption="95% bootstrap intervals: over the episodes since the previous row, "
+        "and over the held-out prompts.",
     )
     names = ("algorithm", "reward", "language_model", "settings")
     has_policy = (folder / POLICY).is_dir()
@@ -278,8 +277,8 @@ def _page(folder: Path, about: Mapping[str, Any], points: Points, held_out: Held
     return Page(
         f"{algorithm}: {reward}",
         _verdict(reward, series, label),
-        [] if has_policy else ["No iteration is above the base model: there is no policy."],
-        [of_curves("Reward as training goes", label, f"mean {reward}", series)],
+        [] if has_policy else ["No iteration beats the base model, so there is no policy."],
+        [of_curves("Reward during training", label, f"mean {reward}", series)],
         [shown, *([_audit(folder)] if algorithm == "dyna" else []), *_cost(folder)],
         {"episodes": points, "held_out": [[x, list(scores)] for x, scores in held_out.items()]},
         {**{name: about[name] for name in names[:3]}, **use, **about["settings"]},
@@ -297,11 +296,11 @@ def _verdict(reward: str, series: Sequence[Series], label: str) -> str:
 
 
 def _windows(points: Points) -> list[Series]:
-    """The mean reward of episodes, in windows of equally many of them."""
+    """The mean reward of episodes, in windows of equal size."""
     if not points:
         return []
     parts = np.array_split(np.asarray(points, dtype=float), min(_WINDOWS, len(points)))
-    # Episodes that end in one step stand together.
+    # Windows that end in the same step are merged.
     by_step: dict[float, list[float]] = defaultdict(list)
     for part in parts:
         by_step[float(part[-1, 0])] += part[:, 1].tolist()
@@ -309,7 +308,7 @@ def _windows(points: Points) -> list[Series]:
 
 
 def _cost(folder: Path) -> list[Table]:
-    """What training took, where it is written in one file."""
+    """The cost of training, if it is recorded in one file."""
     path = folder / POLICY / _LEDGER
     if not path.is_file():
         return []
@@ -318,21 +317,21 @@ def _cost(folder: Path) -> list[Table]:
         for name, amount in read_json(path).items()
         if isinstance(amount, int | float) and amount
     )
-    return [table_of(rows, "training took", *numbers("amount"))]
+    return [table_of(rows, "training cost", *numbers("amount"))]
 
 
 def _audit(folder: Path) -> Table:
-    """What a learned head said of responses drawn at random, against the reward."""
+    """The predictions of a learned head for random responses, against the reward."""
     from mbrl_text_env.agents.model_free.trl import labels_of
     from mbrl_text_env.rewards.learning.surrogate import audits, read_batches
 
     shown = Table(
-        *numbers("step", "reward calls", "error of the head", "its band", "head minus reward"),
+        *numbers("step", "reward calls", "error of the head", "95% band", "head minus reward"),
         title="The learned head against the reward",
-        caption="On responses drawn at random, before the head was fitted on them: root mean "
-        "square error since the row before, what it stays below in 95% of rows if nothing shifts, "
-        "and the mean difference with its 95% interval. A difference above 0 that grows says that "
-        "the policy has learned to please the head alone.",
+        caption="On random responses, before the head was fitted on them: root mean square error "
+        "since the previous row, the band that holds 95% of rows if nothing shifts, and the "
+        "mean difference with its 95% interval. A positive difference that grows indicates that "
+        "the policy exploits the head.",
     )
     for found in audits([*read_batches(labels_of(folder / POLICY)).values()], _AUDITS):
         gap = f"{mean_interval(found.errors):.3f}" if len(found.errors) else "-"
@@ -343,7 +342,7 @@ def _audit(folder: Path) -> Table:
 
 
 def _curve(folder: Path) -> tuple[Points, HeldOut]:
-    """Rewards by step, and those of each held-out prompt by step."""
+    """Rewards by step, and the scores of the held-out prompts by step."""
     if (folder / LOOP_FOLDER).is_dir():
         return [], _loop_curve(folder / LOOP_FOLDER)
     found = read_json(folder / POLICY / _CURVE)
@@ -354,7 +353,7 @@ def _curve(folder: Path) -> tuple[Points, HeldOut]:
 
 
 def _loop_curve(loop: Path) -> dict[float, list[float]]:
-    """The mean score of each held-out prompt, by iteration."""
+    """The mean score of each held-out prompt by iteration."""
     found = {}
     for folder in sorted(loop.glob("[0-9][0-9]")):
         by_prompt, records = defaultdict(list), read_records(folder / "validation")

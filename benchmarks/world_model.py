@@ -1,4 +1,4 @@
-"""What `mbrl-text world-model report` writes, and its page."""
+"""The report of `mbrl-text world-model report`, and its page."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _ERRORS = {
 }
 _FIGURES = (*_ERRORS, "z", "epistemic_share")
 _AHEAD = "tokens ahead"
-# Errors this much larger than predicted are worth a warning.
+# Warn if errors are this many times the predicted ones.
 _NARROW = 1.25
 
 Row = Mapping[str, Any]
@@ -46,7 +46,7 @@ def report_horizons(
     prefix_tokens: int,
     seed: int,
 ) -> None:
-    """Write and print the errors of a world model on each folder of records."""
+    """Write and print the errors of a world model on each records folder."""
     dynamics = load_dynamics(folder, language_model)
     rows = {}
     for place in dict.fromkeys(records):
@@ -74,7 +74,7 @@ def report_horizons(
 
 
 def recorded_page(folder: Path) -> Page:
-    """The page of a world model's report.
+    """Make the page of a world model's report.
 
     Raises:
         CompareError: The file is damaged.
@@ -88,7 +88,7 @@ def _page(about: Mapping[str, Any]) -> Page:
     first = next(iter(rows))
     narrow = [
         f"{name}: {row['horizon']} tokens ahead the errors are {row['z']:.2f} times the predicted "
-        "standard deviation: the futures are too narrow."
+        "standard deviation. The predicted futures vary too little."
         for name, own in rows.items()
         for row in own
         if row["z"] > _NARROW
@@ -99,8 +99,8 @@ def _page(about: Mapping[str, Any]) -> Page:
         lines = [_series(told, own, partial(_error, name=key)) for key, told in _ERRORS.items()]
         charts.append(of_curves(title, _AHEAD, "error, in standard deviations", lines))
     for key, title, label in (
-        ("z", "Calibration: errors by predicted spread (1 is right)", "z"),
-        ("epistemic_share", "Variance that members differ by", "share of the variance"),
+        ("z", "Calibration: error divided by predicted std (ideal: 1)", "z"),
+        ("epistemic_share", "Variance from ensemble disagreement", "share of the variance"),
     ):
         lines = [_series(name, own, partial(_point, name=key)) for name, own in rows.items()]
         charts.append(of_curves(title, _AHEAD, label, lines))
@@ -117,7 +117,7 @@ def _page(about: Mapping[str, Any]) -> Page:
 
 
 def _verdict(rows: Sequence[Row]) -> str:
-    """What is told from the best that the records say without a model, on the same prompts."""
+    """Compare with the best baseline that needs no model, on the same prompts."""
     told = []
     for row in rows:
         squares = {name: np.asarray(row["squares"][name]) for name in _ERRORS}
@@ -125,12 +125,12 @@ def _verdict(rows: Sequence[Row]) -> str:
         best = min(squares, key=lambda name: float(row[name]))
         difference = mean_interval(own - squares[best])
         is_told = difference.low > 0 or difference.high < 0
-        word = ("below" if difference.high < 0 else "above") if is_told else "not told apart from"
+        word = ("below" if difference.high < 0 else "above") if is_told else "not separable from"
         told.append(
-            f"{row['horizon']} tokens ahead {word} that of the best baseline, {_ERRORS[best]} "
+            f"{row['horizon']} tokens ahead, {word} that of the best baseline, {_ERRORS[best]} "
             f"({row['error']:.3f}, {row[best]:.3f})"
         )
-    return f"The error is, {'; '.join(told)} (95% intervals of paired differences over prompts)."
+    return f"Model error: {'; '.join(told)} (95% intervals of paired differences over prompts)."
 
 
 def _error(row: Row, name: str) -> Interval:
@@ -152,5 +152,5 @@ def _table(name: str, rows: Sequence[Row]) -> Table:
         ((str(row["horizon"]), *(f"{row[figure]:.3f}" for figure in _FIGURES)) for row in rows),
         *numbers(_AHEAD, *(figure.replace("_", " ") for figure in _FIGURES)),
         title=f"{name}: {rows[0]['prefixes']} responses",
-        caption="Errors of what is gained, in standard deviations of it.",
+        caption="Errors of the predicted gains, in standard deviations of the gains.",
     )

@@ -1,5 +1,5 @@
-"""Audit a reward model against a trusted one, the gold: is it safe to choose by?
+"""Audit a reward model against a trusted one, the gold: is it safe to select by it?
 
-`run` is all of it; `measures`: curves, agreement, reactions, and the verdict; `exploit_warnings`:
-for a comparison.
+`run` runs an audit, `measures` computes curves, agreement, reactions and the verdict, and
+`exploit_warnings` checks comparisons.
 """

@@ -1,6 +1,6 @@
 """Run an audit: pool, scores, measurements, verdict, files.
 
-Run again after a kill, it ends with the same `audit.json` but for its date.
+A resumed run writes the same `audit.json`, except for its date.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ from mbrl_text_env.runs import (
 from mbrl_text_env.types import Prompt
 
 _FORMAT = 2
-# Responses are lost by the batch when an audit is killed.
+# A killed audit loses the responses of one batch.
 _BATCH_PROMPTS = 4
 AUDIT, REPORT = "audit.json", "report.html"
-# What the report shows beside the figures of `audit.json`.
+# Contents of the report that are not in `audit.json`.
 _ANSWERS, _ABOUT = "answers.json", "run.json"
 
 
 @dataclass(frozen=True)
 class Audit:
-    """The parts of an audit; `language_model` writes the pool, `labels` go into the config file."""
+    """The parts of an audit; `language_model` generates the pool, `labels` go into `audit.json`."""
 
     config: AuditConfig
     prompts: Sequence[Prompt]
@@ -56,7 +56,7 @@ class Audit:
     labels: dict[str, Any] = field(default_factory=dict)
 
     def record(self) -> dict[str, Any]:
-        """What `audit.json` says that was audited."""
+        """The config that `audit.json` records."""
         return {
             "format": _FORMAT,
             **asdict(self.config),
@@ -68,13 +68,13 @@ class Audit:
 
     @property
     def roles(self) -> tuple[str, ...]:
-        """The rewards that score; one if proxy and gold are the same."""
+        """The roles to score; one if proxy and gold are the same reward."""
         return ("proxy",) if self.config.proxy == self.config.gold else ("proxy", "gold")
 
 
 @dataclass(frozen=True)
 class AuditResult:
-    """What an audit found: the content of `audit.json` after date, command and config."""
+    """The results of an audit: the content of `audit.json` after date, command and config."""
 
     config: AuditConfig
     prompts: int
@@ -88,12 +88,12 @@ class AuditResult:
 def choose_for_both(
     prompts: Sequence[Prompt], config: AuditConfig, proxy: RewardModel, gold: RewardModel
 ) -> tuple[list[Prompt], int]:
-    """Prompts that both rewards apply to, and how many others; too few are an `AuditError`."""
+    """Choose prompts that both rewards apply to, and count the others; too few: `AuditError`."""
     fitting = [p for p in prompts if applies_to(proxy, p) and applies_to(gold, p)]
     if len(fitting) < config.num_prompts:
         raise AuditError(
-            f"num_prompts: expected at most {len(fitting)}, as many of {len(prompts)} prompts as "
-            f"both {config.proxy!r} and {config.gold!r} apply to, got {config.num_prompts}. Lower "
+            f"num_prompts: expected at most {len(fitting)} (of {len(prompts)} prompts, those that "
+            f"both {config.proxy!r} and {config.gold!r} apply to), got {config.num_prompts}. Lower "
             "--num-prompts, or give other --prompts or another --split."
         )
     chosen = choose_prompts(fitting, config.num_prompts, proxy, config.seed)
@@ -109,7 +109,7 @@ def run_audit(
 ) -> AuditResult:
     """Run or resume an audit in the folder `out`.
 
-    `pool` is a records folder to take responses from and add to, by default one in `out`.
+    `pool` is a records folder to read responses from and add to; default: one in `out`.
     `on_progress` is called with "pool", "proxy" or "gold" and counts.
 
     Raises:
@@ -169,7 +169,7 @@ def run_audit(
 
 
 def recorded_page(folder: Path) -> Page:
-    """The page of an audit that has ended, from its files; damage is a `CompareError`."""
+    """The page of a finished audit, from its files; a damaged file is a `CompareError`."""
     with reading(folder):
         written, about, answers = (read_json(folder / name) for name in (AUDIT, _ABOUT, _ANSWERS))
         settings = written["config"]
@@ -186,17 +186,17 @@ def measure(
     proxy: measures.PoolScores,
     gold: measures.PoolScores,
 ) -> AuditResult:
-    """Measure a scored pool; equal scores of all responses to each prompt are an `AuditError`."""
+    """Measure a scored pool; raises `AuditError` if scores do not vary within any prompt."""
     config, seed = audit.config, audit.config.seed
     names = config.proxy, config.gold
     for name, (scores, _) in zip(names, (proxy, gold), strict=True):
-        # Rounding of equal scores is no difference.
+        # Ignore differences due to rounding.
         if np.ptp(scores, axis=1).max() <= 1e-12 * np.abs(scores).max():
             everywhere = " (and the same to all prompts)" if np.ptp(scores) == 0 else ""
             raise AuditError(
                 f"Reward {name!r}: expected different scores among the responses to a prompt, got "
                 f"the same for all {scores.shape[1]} responses to each of {len(scores)} prompts"
-                f"{everywhere}. There is nothing to choose by; audit another reward, or raise "
+                f"{everywhere}. Selection needs differences: audit another reward, or raise "
                 "--samples or --max-response-tokens."
             )
     curves = measures.best_of_n_curves(proxy[0], gold[0], seed=seed)
@@ -212,7 +212,7 @@ def measure(
 
 
 class _Characters(RewardModel):
-    """Records need a score; this one costs nothing and favours no reward that is audited."""
+    """A free score for records, which need one; it favours no audited reward."""
 
     name = "characters"
 
@@ -230,14 +230,14 @@ def fill_pool(
     seed: int,
     on_batch: Callable[[int], None] | None = None,
 ) -> list[list[Record]]:
-    """Read the first responses to each prompt, generating those that lack (temperature 0.7).
+    """Read the first responses to each prompt, and generate missing ones (temperature 0.7).
 
-    `folder` is one of records, whatever the reward, which may hold responses to other prompts too.
-    `on_batch` is called with numbers of responses.
+    `folder` is a records folder of any reward; it can also hold responses to other prompts.
+    `on_batch` is called with the number of responses.
 
     Raises:
         AuditError: The folder holds responses of another model, seed or token limit.
-        RecordsError: The folder cannot be read or written, or holds other prompts of the same ids.
+        RecordsError: The folder is not readable or writable, or has other prompts with these ids.
     """
     options: dict[str, Any] = {"max_response_tokens": max_response_tokens, "seed": seed}
     with RecordWriter(folder) as writer:
@@ -245,7 +245,7 @@ def fill_pool(
         if existing:
             run = run_of(folder) or {}
             wanted = collection_run(language_model, _Characters(), **options)
-            # What the responses were scored by does not matter here.
+            # The reward of the records does not matter here.
             run["reward"] = wanted["reward"] = ""
             refuse_others(folder, run, wanted, "pool", AuditError)
         missing = missing_samples(existing, prompts, samples)
@@ -278,7 +278,7 @@ def score_pool(
 ) -> measures.PoolScores:
     """Score the pool, and the first `tried` responses to each prompt after each text change.
 
-    The scores are kept in `folder`, one file a prompt. `on_batch` is called with 1 after each
+    Scores are kept in `folder`, one file per prompt. `on_batch` is called with 1 after each
     prompt.
     """
     rows = []
@@ -288,12 +288,12 @@ def score_pool(
             name: [measures.intervene(name, t) for t in texts[:tried]]
             for name in measures.INTERVENTIONS
         }
-        # Named by what was scored: scores of other texts are never taken for these.
+        # The name is a digest of the inputs, so that scores of other texts are not reused.
         key = json.dumps([prompt.id, prompt_digest(prompt), texts, changed, reward]).encode()
         path = folder / f"{hashlib.sha256(key).hexdigest()[:32]}.json"
         row = _kept(path)
         if row is None:
-            # Equal texts have equal scores: each is scored once.
+            # Score each distinct text once.
             unique = list(dict.fromkeys([*texts, *chain.from_iterable(changed.values())]))
             totals = score_responses(reward_model, [prompt] * len(unique), unique).total
             score = dict(zip(unique, totals.tolist(), strict=True))
@@ -313,7 +313,7 @@ def score_pool(
 
 
 def _kept(path: Path) -> dict[str, Any] | None:
-    """The scores of a file; None where there are none, or they are damaged."""
+    """Read the scores of a file; None if it is missing or damaged."""
     try:
         row: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):

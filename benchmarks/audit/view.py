@@ -1,4 +1,4 @@
-"""An audit in the terminal and as a page."""
+"""Show an audit in the terminal and as a page."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _COLOURS = {"faithful": "green", "open to exploits": "red", "exploitable": "red"
 
 
 def summary(result: AuditResult) -> Group:
-    """The audit in a terminal of 80 columns: curves, agreement, reactions, verdict."""
+    """Format the audit for 80 columns: curves, agreement, reactions, verdict."""
     verdict = result.verdict
     lines = [verdict.text, *(f"Warning: {warning}" for warning in verdict.warnings)]
     return Group(
@@ -52,20 +52,20 @@ def _curves(result: AuditResult) -> Table:
             for point in curves.points
         ),
         *numbers("N", "KL <=", "mean proxy", "mean gold"),
-        title=f"Best of N by the proxy: {result.prompts} prompts{left_out}, "
+        title=f"Best-of-N by the proxy: {result.prompts} prompts{left_out}, "
         f"{result.config.samples} responses each",
-        caption="Simultaneous 95% intervals over prompts; KL in nats. One standard deviation "
-        f"within a prompt: proxy {curves.proxy_sd:.3g}, gold {curves.gold_sd:.3g}.",
+        caption="Simultaneous 95% intervals over prompts; KL in nats. Standard deviation within a "
+        f"prompt: proxy {curves.proxy_sd:.3g}, gold {curves.gold_sd:.3g}.",
     )
 
 
 def _agreement(result: AuditResult) -> Table:
     found, length = result.association, result.sensitivity.length_beyond_gold
-    rows = [("no prompt on which both rewards vary", "")]
+    rows = [("no prompt where both rewards vary", "")]
     if found is not None:
         rows = [
             ("rank correlation", f"{found.rank_correlation:+.2f}"),
-            ("pairs ordered alike", f"{found.pair_accuracy:.2f}"),
+            ("pairs in the same order", f"{found.pair_accuracy:.2f}"),
         ]
         if length is not None:
             rows.append(("proxy with length, given gold", f"{length:+.2f}"))
@@ -74,11 +74,11 @@ def _agreement(result: AuditResult) -> Table:
 
 def _reactions(result: AuditResult) -> Table:
     shown = Table(
-        "change of the text",
+        "text change",
         *numbers("proxy (sd)", "gold (sd)"),
         "reading",
-        caption=f"Mean change by {result.sensitivity.responses} responses, in standard deviations "
-        "within a prompt; simultaneous 95% intervals over prompts.",
+        caption=f"Mean change over {result.sensitivity.responses} responses, in standard "
+        "deviations within a prompt; simultaneous 95% intervals over prompts.",
     )
     for reaction in result.sensitivity.reactions:
         read = reaction.reading
@@ -98,7 +98,7 @@ def audit_page(
     run: Mapping[str, Any],
     answers: Mapping[str, Any],
 ) -> Page:
-    """An audit's page; `run` is of `page.provenance`, `answers` of `chosen_answers`."""
+    """Make an audit's page, with `run` of `page.provenance` and `answers` of `chosen_answers`."""
     config, verdict = result.config, result.verdict
     return Page(
         f"{config.proxy} judged by {config.gold}: {verdict.outcome}",
@@ -115,7 +115,7 @@ def audit_page(
 def chosen_answers(
     prompts: Sequence[tuple[str, str]], responses: Sequence[Sequence[str]], proxy: Any, gold: Any
 ) -> dict[str, Any]:
-    """For the page: what the proxy chooses from the first N responses to each prompt."""
+    """The answers for the page: what the proxy selects from the first N responses per prompt."""
     ns = sizes(len(responses[0]))
     rows = []
     for (name, text), texts, own, trusted in zip(prompts, responses, proxy, gold, strict=True):
@@ -123,7 +123,7 @@ def chosen_answers(
         scores = ({"score": float(own[i]), "gold": float(trusted[i])} for i in places)
         cells = [answer(texts[i], row) for i, row in zip(places, scores, strict=True)]
         rows.append({"id": name, "prompt": text, "cells": cells})
-    return {"columns": [f"best of {n} by the proxy" for n in ns], "baseline": 0, "rows": rows}
+    return {"columns": [f"best-of-{n} by the proxy" for n in ns], "baseline": 0, "rows": rows}
 
 
 def _charts(result: AuditResult) -> list[Chart]:
@@ -155,5 +155,5 @@ def _charts(result: AuditResult) -> list[Chart]:
         for reaction in result.sensitivity.reactions
     }
     label = "change, sd within a prompt"
-    found.append(of_rows("What a change of the text alone does", label, reactions))
+    found.append(of_rows("Effect of text changes", label, reactions))
     return found

@@ -4,14 +4,14 @@
   const at = (id) => document.getElementById(id);
   const number = (x, digits = 3) => (x === null || x === undefined ? "-" : x.toFixed(digits));
 
-  // Every text goes into the page as a text node.
+  // All text is inserted as text nodes, never as HTML.
   function make(tag, attributes = {}, ...children) {
     const made = document.createElement(tag);
     for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
     made.append(...children);
     return made;
   }
-  // Text of either direction that moves nothing beside it.
+  // Isolate text of either writing direction from its surroundings.
   const isolated = (text) => make("bdi", {}, text);
 
   function answers({ columns, baseline, rows }) {
@@ -33,13 +33,13 @@
     const numbered = columns.map((_, k) => k).filter((k) => baseline !== null && k !== baseline);
     const base = baseline === null ? "" : columns[baseline];
     const orders = [
-      ["As in the run", (row) => -row.place],
-      ["Widest spread of scores", (row) => row.spread],
+      ["Run order", (row) => -row.place],
+      ["Largest score difference", (row) => row.spread],
       ["Highest best score", (row) => row.best],
       ["Lowest best score", (row) => (row.best === null ? null : -row.best)],
       ...numbered.flatMap((k) => [
-        [`${columns[k]} furthest above ${base}`, (row) => minus(row, k)],
-        [`${columns[k]} furthest below ${base}`, (row) => (minus(row, k) === null ? null : -minus(row, k))],
+        [`${columns[k]} most above ${base}`, (row) => minus(row, k)],
+        [`${columns[k]} most below ${base}`, (row) => (minus(row, k) === null ? null : -minus(row, k))],
       ]),
     ];
     const has = (test) => (row) => row.cells.some((cell) => cell && test(cell));
@@ -49,8 +49,8 @@
         [`${columns[k]} better than ${base}`, (row) => minus(row, k) > 1e-9],
         [`${columns[k]} worse than ${base}`, (row) => minus(row, k) !== null && minus(row, k) < -1e-9],
       ]),
-      ["An answer cut off by its limit", has((cell) => cell.finish_reason === "length")],
-      ["An answer without a score", has((cell) => cell.score === null)],
+      ["With an answer cut off by the token limit", has((cell) => cell.finish_reason === "length")],
+      ["With an answer without a score", has((cell) => cell.score === null)],
     ];
     for (const [id, options] of [["sort", orders], ["filter", filters]])
       at(id).append(...options.map(([name], k) => make("option", { value: k }, name)));
@@ -62,7 +62,7 @@
     function text(cell) {
       if (!cell.pieces || !at("colour").checked) return isolated(cell.text);
       return make("bdi", {}, ...cell.pieces.map((piece, k) => {
-        // From likely (green) to 8 nats and more (red).
+        // From likely (green) to a surprisal of 8 nats or more (red).
         const surprise = Math.min(1, -cell.logprobs[k] / 8);
         const token = make("span", { class: "token", title: `log-probability ${number(cell.logprobs[k], 2)}` }, piece);
         token.style.backgroundColor = `hsl(${Math.round(130 - 130 * surprise)} 70% 80%)`;
@@ -92,7 +92,7 @@
         make("h3", {}, isolated(row.prompt)), make("p", { class: "note" }, isolated(row.id)),
         make("div", { class: "cells" }, ...row.cells.map(shownCell)))));
       at("more").hidden = shown >= found.length;
-      at("count").textContent = `${found.length} of ${rows.length} prompts, ${shown} on the page`;
+      at("count").textContent = `${found.length} of ${rows.length} prompts, ${shown} shown`;
     }
     function update() {
       const sought = at("find").value.toLowerCase();
@@ -148,7 +148,7 @@
       return prefix + texts.join("");
     }
     const columns = [
-      ["chunk", (n) => isolated(n.text || "(nothing)")], ["value", (n) => n.value === null ? "-" : number(n.value) + (n.std ? ` ± ${number(n.std)}` : "")],
+      ["chunk", (n) => isolated(n.text || "(empty)")], ["value", (n) => n.value === null ? "-" : number(n.value) + (n.std ? ` ± ${number(n.std)}` : "")],
       ["bound", (n) => number(n.bound)], ["score", (n) => number(n.score)], ["visits", (n) => String(n.visits)], ["mean", (n) => number(n.mean)],
       ["log-prob.", (n) => number(n.logprob, 2)], ["drawn", (n) => `${n.copies}×`], ["why", (n) => isolated(n.note || "")],
     ].filter(([name]) => name !== "bound" || nodes.some((n) => n.bound !== undefined && n.bound !== null));

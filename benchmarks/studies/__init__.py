@@ -1,1 +1,1 @@
-"""Studies with the package: run from a checkout, and in no wheel."""
+"""Studies with the package; run them from a checkout, they are not in the wheel."""

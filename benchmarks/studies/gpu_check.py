@@ -1,6 +1,6 @@
-"""The engine on a device: exactness, a comparison, guarded decoding and throughput, as one JSON.
+"""Check the engine on a device: exactness, a comparison, guarded decoding and throughput.
 
-Where there is no GPU the CPU is checked the same way.
+Without a GPU, the CPU is checked in the same way.
 
     python -m mbrl_text_env.benchmarks.studies.gpu_check --json gpu-check.json
 """
@@ -31,17 +31,17 @@ from mbrl_text_env.prompts import load_prompts
 from mbrl_text_env.rewards import make
 from mbrl_text_env.types import Prompt, TextState
 
-# What the engine's log-probabilities may be off on average, in nats (shapes differ, and so does
-# rounding), or as many times what transformers' own forward pass is off in this number format.
+# Allowed mean error of the engine's log-probabilities: in nats (shapes and so rounding differ), or
+# as a multiple of the error of transformers' own forward pass in this number format.
 NEAR, AS_FAR = 1e-4, 1.25
 
 
 def exactness(lm: TransformersLM, states: Sequence[TextState], tokens: int) -> dict[str, float]:
-    """Greedy tokens and their log-probabilities beside a forward pass in float32 (nats).
+    """Compare greedy tokens and their log-probabilities with a forward pass in float32 (nats).
 
-    The weights are the same, as the number format has rounded them. A token's regret is how much
-    more probable the pass has its own best one; where it is no larger than the differences, the two
-    are a tie. `transformers_difference` is what transformers is off in the number format.
+    The weights are the same, rounded to the number format. The regret of a token is the log-ratio
+    of the best token's probability to its own in that pass; a regret no larger than the differences
+    is a tie. `transformers_difference` is the error of transformers in the number format.
     """
     greedy = SamplingParams(temperature=0)
     rows = lm.sample(states, 1, tokens, seeds=[0] * len(states), params=greedy)
@@ -76,9 +76,9 @@ def is_exact(found: Mapping[str, float]) -> bool:
 
 
 def guarded(lm: TransformersLM, states: Sequence[TextState], tokens: int) -> dict[str, float]:
-    """Chunks without the letter e, and the tokens a second.
+    """Sample chunks without the letter e, and measure tokens per second.
 
-    Where nothing else may follow, a chunk ends with a token that is refused (`Guard`).
+    If no allowed token remains, a chunk ends with a refused token (see `Guard`).
     """
     guard = Guard(lambda states, texts, ended: ["e" not in text for text in texts])
     requests = [
@@ -102,7 +102,7 @@ def guarded(lm: TransformersLM, states: Sequence[TextState], tokens: int) -> dic
 
 
 def compared(lm: TransformersLM, prompts: Sequence[Prompt], tokens: int) -> list[dict[str, Any]]:
-    """The agents of a short comparison."""
+    """Run a short comparison; returns its agents' summaries."""
     agents = ("sampling", "best-of-n:n=4", "adaptive")
     config = CompareConfig(agents, budget_tokens=4 * tokens, max_response_tokens=tokens)
     with tempfile.TemporaryDirectory() as folder:
@@ -114,16 +114,16 @@ def compared(lm: TransformersLM, prompts: Sequence[Prompt], tokens: int) -> list
 @friendly
 def main(
     json_file: Path | None = option(None, harness.JSON),
-    device: str | None = option(None, "By default a GPU, or the CPU."),
-    dtype: str = option("bfloat16", "float32 or bfloat16."),
+    device: str | None = option(None, "Device; default: a GPU if there is one, else the CPU."),
+    dtype: str = option("bfloat16", "Number format: float32 or bfloat16."),
     num_prompts: int = option(16, "", min=1),
-    tokens: int = option(64, "Of each response.", min=2),
-    sizes: str = option("1,16,64", "With commas between.", "--batch-sizes"),
-    repeats: int = option(2, "Runs of each rate.", min=1),
+    tokens: int = option(64, "Tokens per response.", min=2),
+    sizes: str = option("1,16,64", "Comma-separated batch sizes.", "--batch-sizes"),
+    repeats: int = option(2, "Runs per measurement.", min=1),
 ) -> None:
-    """Check and measure; exits with 1 where the engine is not exact.
+    """Check and measure the engine; exits with 1 if it is not exact.
 
-    The contract (chunks that do not depend on the batch, among others) is one of float32.
+    The contract (such as chunks that do not depend on the batch) is checked in float32.
     """
     place, number_format = options.usable_device(device), throughput.DTYPES[dtype]
     exactly = embedded(device=place, dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""What the studies share: options, JSON, what is kept in a folder, and paired figures."""
+"""Helpers of the studies: options, JSON files, cached results and paired statistics."""
 
 from __future__ import annotations
 
@@ -24,37 +24,37 @@ from mbrl_text_env.benchmarks.statistics import (
 )
 from mbrl_text_env.files import write_text
 
-JSON = typer.Option("--json", help="Write the figures here.")
+JSON = typer.Option("--json", help="Output JSON file.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class StudyOptions:
-    """The options of every study that keeps what it has done in a folder."""
+    """Options of the studies that keep their results in a folder."""
 
     language_model: str = option("embedded", options.LANGUAGE_MODEL)
     dtype: str = option("int8", options.DTYPE)
     seed: int = option(0, "")
     out: Path | None = option(
-        None, "Folder of the run, named after the study by default; the same one goes on."
+        None, "Output folder, by default named after the study; an existing run is resumed."
     )
     json_file: Path | None = option(None, JSON)
 
     def load(self) -> Any:
-        """The language model."""
+        """Load the language model."""
         return options.ModelOptions(language_model=self.language_model, dtype=self.dtype).load()
 
     def folder(self, study: str, *, quick: bool) -> Path:
-        """Where the study keeps what it has done."""
+        """The folder of the study's results."""
         return self.out or Path(f"{study}-quick" if quick else study)
 
     def heading(self, study: str, language_model: Any) -> dict[str, Any]:
-        """What figures begin with: the command, when and where, the model and the seed."""
+        """The head of a results file: command, date, machine, model and seed."""
         own = {"language_model": language_model.name, "dtype": self.dtype, "seed": self.seed}
         return {**heading(study), **own}
 
 
 def heading(study: str) -> dict[str, Any]:
-    """The command that gives the figures, the date and the machine."""
+    """The command, the date and the machine."""
     module = f"mbrl_text_env.benchmarks.studies.{study}"
     return {
         "command": shlex.join(["python", "-m", module, *sys.argv[1:]]),
@@ -65,14 +65,14 @@ def heading(study: str) -> dict[str, Any]:
 
 
 def write(path: Path | None, result: Mapping[str, Any]) -> None:
-    """Write figures as JSON, if wanted."""
+    """Write results as JSON, if a path is given."""
     if path is not None:
         write_text(path, json.dumps(result, indent=1))
         options.console.print(f"Results: {path.resolve()}")
 
 
 def kept(path: Path, make: Callable[[], Any]) -> Any:
-    """What a file holds, or what is made and then kept in it. JSON values."""
+    """Read JSON values from a file; if it does not exist, make and write them."""
     if not path.is_file():
         write_text(path, json.dumps(make()))
     return json.loads(path.read_text(encoding="utf-8"))
@@ -81,7 +81,7 @@ def kept(path: Path, make: Callable[[], Any]) -> Any:
 def paired(
     first: Sequence[float], second: Sequence[float], prompts: Sequence[str], seed: int
 ) -> dict[str, Any]:
-    """Second against first, rows in the same order of prompts; the unit is the prompt."""
+    """Compare second with first, with rows in the same order; the unit is the prompt."""
     before, after = prompt_means(first, prompts), prompt_means(second, prompts)
     difference = mean_interval(after - before, seed=seed)
     wins = win_rate(after, before)

@@ -1,8 +1,8 @@
-"""Planners against best-of-N at matched compute.
+"""Compare planners with best-of-N at matched compute.
 
-Of each agent it is said how many times its compute best-of-N needs for the same mean reward. The
-pool of samples, the records that values are fitted on, and the rows are kept in the folder as they
-are made; a run that was killed goes on.
+For each agent, the result is how many times its compute best-of-N needs for the same mean reward.
+The pool of samples, the records that value models are fitted on, and the rows are kept in the
+folder; an interrupted run can be resumed.
 
     python -m mbrl_text_env.benchmarks.studies.matched_compute
 """
@@ -65,12 +65,12 @@ _COMMON = ("split", "train_prompts", "train_samples", "max_response_tokens", "se
 
 @dataclass(frozen=True)
 class Study:
-    """What is run; a CompareError if that cannot be.
+    """Settings of a study; invalid ones are a `CompareError`.
 
-    `agents` are specs by reward, `budgets` in generated tokens of best-of-N for one prompt, `unit`
-    what is capped: these tokens, or the FLOPs or seconds that best-of-N takes for as many. Value
-    models are fitted on `train_samples` responses to each of `train_prompts`. Agents sample with
-    the seeds after `seed`, the pool's. See `options.priced` for `reward_price`,
+    `agents` are specs by reward. `budgets` are generated tokens of best-of-N per prompt. `unit` is
+    what is capped: these tokens, or the FLOPs or seconds that best-of-N takes for them. Value
+    models are fitted on `train_samples` responses to each of `train_prompts`. The pool uses `seed`,
+    and agents use the seeds after it. See `options.priced` for `reward_price`,
     `options.PromptOptions` for `source`, and `scaling.Baseline` for `target`; `suite` is a name.
     """
 
@@ -104,14 +104,14 @@ class Study:
             (
                 "unit",
                 self.reward_price is None or self.unit != "tokens",
-                "'flops' with a price of the reward, which is free within a budget in tokens",
+                "'flops' with a reward price, because a budget in tokens ignores reward calls",
             ),
         ):
             if not holds:
                 raise CompareError(f"{name}: expected {expected}, got {getattr(self, name)!r}.")
 
     def prompts(self, split: str, count: int, reward_model: RewardModel) -> list[Prompt]:
-        """Prompts of the source that the reward applies to."""
+        """Choose prompts of the source that the reward applies to."""
         found = options.load_prompts_option(self.source, split)
         return choose_prompts(found, count, reward_model, self.seed)
 
@@ -131,8 +131,8 @@ def run_study(
 ) -> Iterator[tuple[str, Pool, list[Cell]]]:
     """Run or resume a study in a folder; yields each reward's name, pool and cells.
 
-    Studies with other agents, rewards, budgets or numbers of prompts may share a folder, and what
-    they have in common is run once. Anything else that differs is a CompareError or an AuditError.
+    Studies with other agents, rewards, budgets or numbers of prompts can share a folder; common
+    parts are run once. Any other difference is a CompareError or an AuditError.
     """
     common = {name: getattr(study, name) for name in _COMMON}
     record = {"format": _FORMAT, "language_model": identity(language_model), **common}
@@ -163,7 +163,7 @@ def run_study(
 
 @dataclass(frozen=True)
 class _Runs:
-    """The runs of a study for one reward; `made` are its value models by name."""
+    """The runs of a study for one reward; `made` caches value models by name."""
 
     study: Study
     language_model: LanguageModel
@@ -187,7 +187,7 @@ class _Runs:
         )
 
     def caps(self, pool: Pool, budget: int) -> dict[str, Any]:
-        """What best-of-N takes for `budget` tokens, in the study's unit."""
+        """The budget in the study's unit: what best-of-N takes for `budget` tokens."""
         if self.study.unit == "tokens":
             return {"budget_tokens": budget}
         if self.study.unit == "flops":
@@ -205,14 +205,14 @@ class _Runs:
         if once + budget * per_token < least:
             smallest = math.ceil((least - once) / per_token)
             raise CompareError(
-                f"{self.name}, budget {budget:,}: expected FLOPs that pay for a response to each "
-                f"prompt, got {once + budget * per_token:.3g} for {least:.3g}. Ask for budgets of "
+                f"{self.name}, budget {budget:,}: expected enough FLOPs for a response to each "
+                f"prompt, got {once + budget * per_token:.3g} of {least:.3g}. Use budgets of "
                 f"{smallest:,} or more."
             )
         return once + budget * per_token
 
     def answered(self, spec: str, folder: str, number: int, caps: dict[str, Any]) -> list[Row]:
-        """Rows of an agent's answers of one number."""
+        """Rows of an agent's answers with one answer number."""
         study = self.study
         config = CompareConfig(
             (spec,),
@@ -230,7 +230,7 @@ class _Runs:
         return run(Comparison(config, self.prompts, *models, values), place)[spec]
 
     def value(self, kind: str) -> ValueModel:
-        """A value model of that kind, made, and fitted, when first asked for."""
+        """The value model of that kind, made and fitted on first use."""
         if kind not in self.made:
             limit, seed = self.study.max_response_tokens, self.study.seed
             models = self.language_model, self.reward_model
@@ -242,7 +242,7 @@ class _Runs:
         return self.made[kind]
 
     def records(self) -> list[Record]:
-        """The scored responses that value models are fitted on."""
+        """The scored responses to fit value models on."""
         study = self.study
         prompts = study.prompts("train", study.train_prompts, self.reward_model)
         pool = self.sampled("train", prompts, study.train_samples)
@@ -257,12 +257,12 @@ class _Runs:
 
 
 def slug(spec: str) -> str:
-    """A folder's name for an agent's spec."""
+    """A folder name for a spec."""
     return re.sub(r"[^\w.]+", "-", spec)
 
 
 def plot(rows: Mapping[str, Rows], pools: Mapping[str, Pool], path: Path, against: str) -> None:
-    """Mean reward against "compute" or "divergence": best-of-N's curve, and agents."""
+    """Plot mean reward against "compute" or "divergence": curve of best-of-N, and agents."""
     draw = {"compute": _draw_compute, "divergence": _draw_divergence}[against]
     with png(path, figsize=(5.2 * len(rows), 4.4), dpi=130) as figure:
         panels = np.ravel(figure.subplots(1, len(rows)))
@@ -287,50 +287,50 @@ def _draw_compute(axes: Axes, pool: Pool, lines: Mapping[str, Rows]) -> None:
         flops = [row["flops"] / _GIGA for row in line]
         axes.errorbar(flops, means, yerr=np.abs(ends - means), capsize=2, label=agent, **_DOTS)
     axes.set_xscale("log")
-    axes.set_xlabel("GFLOPs a prompt, all models")
+    axes.set_xlabel("GFLOPs per prompt, all models")
 
 
 def _draw_divergence(axes: Axes, pool: Pool, lines: Mapping[str, Rows]) -> None:
-    """Against surprisal, beside best-of-N and its bound, of rows that have a `kl`."""
+    """Plot rows with a `kl` against surprisal, with best-of-N and its bound."""
     curve = pool.in_flops.curve()
     means, bounds = [p.mean.estimate for p in curve], [p.kl_bound for p in curve]
     if np.isfinite(pool.logprobs).all():
         excess = pool.surprisal([point.n for point in curve])
         axes.plot(excess, means, color="black", label="best-of-N")
-    axes.plot(bounds, means, color="0.6", linestyle="--", label="bound of best-of-N's divergence")
+    axes.plot(
+        bounds, means, color="0.6", linestyle="--", label="upper bound of best-of-N's divergence"
+    )
     for agent, line in lines.items():
         known = [row for row in line if row.get("kl") is not None]
         surprisal, rewards = ([row[key] for row in known] for key in ("kl", "mean"))
         axes.plot(surprisal, rewards, label=agent, **_DOTS)
-    axes.set_xlabel("surprisal beyond that of plain samples, nats a response")
+    axes.set_xlabel("surprisal minus that of plain samples, nats per response")
 
 
 @friendly
 def main(
     how: harness.StudyOptions = _HOW,
-    rewards: str = option(",".join(REWARDS), "Names, with commas."),
-    agents: str = option(",".join(AGENTS), "Agent specs, with commas."),
+    rewards: str = option(",".join(REWARDS), "Comma-separated reward names."),
+    agents: str = option(",".join(AGENTS), "Comma-separated agent specs."),
     budgets: str | None = option(
-        None, f"Generated tokens a prompt, with commas; by default {_FULL_BUDGETS}."
+        None, f"Comma-separated generated tokens per prompt; default: {_FULL_BUDGETS}."
     ),
     unit: str | None = option(
         None,
-        "What is capped: 'tokens', or the 'flops' or 'seconds' that best-of-N takes for "
-        "them; by default tokens, and FLOPs with a price of the reward.",
+        "Unit of the budget: 'tokens', or the 'flops' or 'seconds' that best-of-N takes for "
+        "them; default: tokens, or FLOPs with a price of the reward.",
     ),
     reward_price: str | None = option(None, options.PRICE),
     num_prompts: int | None = option(
-        None, f"Of each reward; by default {FULL.num_prompts}.", min=2
+        None, f"Prompts per reward; default: {FULL.num_prompts}.", min=2
     ),
-    samples: int | None = option(
-        None, f"Of the pool, for each prompt; by default {FULL.samples}.", min=2
-    ),
+    samples: int | None = option(None, f"Pool samples per prompt; default: {FULL.samples}.", min=2),
     split: str = "test",
     max_response_tokens: int = option(96, options.TOKENS),
-    answers: int = option(1, "Of each agent to each prompt, with seeds of their own.", min=1),
+    answers: int = option(1, "Answers per agent and prompt, with different seeds.", min=1),
     quick: bool = option(
         False,
-        f"Smaller where nothing else is said: {QUICK.num_prompts} prompts, "
+        f"Smaller defaults: {QUICK.num_prompts} prompts, "
         f"{_QUICK_BUDGETS} tokens, a pool of {QUICK.samples}.",
     ),
 ) -> None:
@@ -355,7 +355,7 @@ def main(
 
 
 def run_and_write(study: Study, how: harness.StudyOptions, out: Path) -> dict[str, Any]:
-    """Run a study, print and write its results reward by reward; what the JSON file holds."""
+    """Run a study, print and write its results by reward; returns the JSON contents."""
     assert how.json_file is not None
     model = how.load()
     models = {name: make(name) for name in study.agents}

@@ -1,8 +1,8 @@
-"""What Ray workers cost: bytes and driver's seconds a prompt, and one worker beside one process.
+"""The overhead of Ray workers: bytes and driver seconds per prompt, and one worker vs. no Ray.
 
-All by the embedded model. Seconds are of the CPU, since other programs may share the machine; a
-worker's are those of all Ray's processes, between the first batch that is done and the last, so
-that loading is in neither.
+All with the embedded model. Times are CPU seconds, since other programs can share the machine. For
+a worker they include all Ray processes, from the end of the first batch to that of the last, which
+excludes loading.
 
     python -m mbrl_text_env.benchmarks.studies.scaling_out --json scaling-out.json
 """
@@ -39,14 +39,14 @@ Row = dict[str, Any]
 
 
 def cpu_seconds() -> float:
-    """Of this process and all that it began and that run."""
+    """CPU seconds of this process and its running descendants."""
     own = psutil.Process()
     found = [p.cpu_times() for p in (own, *own.children(recursive=True))]
     return sum(times.user + times.system for times in found)
 
 
 def measured(comparison: Comparison, each: Each) -> dict[str, float]:
-    """CPU and wall seconds of a comparison between its first batch and its last."""
+    """CPU and wall seconds of a comparison from its first batch to its last."""
     marks: list[tuple[float, float]] = []
 
     def mark(spec: str, count: int, rows: list[Row]) -> None:
@@ -59,7 +59,7 @@ def measured(comparison: Comparison, each: Each) -> dict[str, float]:
 
 
 def weighed(sizes: list[tuple[int, int]]) -> Each:
-    """`in_turn` that notes the pickled bytes of each job and of its result."""
+    """Run jobs like `in_turn`, and record the pickled size of each job and result."""
 
     def each(work: Callable[[Any], Any], jobs: Sequence[Any]) -> Iterator[tuple[int, Any]]:
         for place, result in in_turn(work, jobs):
@@ -71,7 +71,7 @@ def weighed(sizes: list[tuple[int, int]]) -> Each:
 
 
 def bytes_on_the_wire(comparison: Comparison) -> dict[str, Any]:
-    """Of a comparison, by prompt and agent; of a collection of four samples, by prompt: means."""
+    """Mean bytes per prompt and agent of a comparison, and per prompt of `collect`."""
     sizes: dict[str, list[tuple[int, int]]] = {"compare": [], "collect": []}
     prompts, models = comparison.prompts, (comparison.language_model, comparison.reward_model)
     with tempfile.TemporaryDirectory() as folder:
@@ -88,13 +88,13 @@ def bytes_on_the_wire(comparison: Comparison) -> dict[str, Any]:
 
 
 def canned(row: Row, job: tuple[str, Sequence[Prompt]]) -> list[Row]:
-    """The same answer to every prompt of a batch, as if models took no time."""
+    """Return the same answer to every prompt of a batch, as if models took no time."""
     spec, prompts = job
     return [{**row, "prompt_id": prompt.id, "agent": spec} for prompt in prompts]
 
 
 def driver(comparison: Comparison, row: Row, count: int, each: Each) -> dict[str, float]:
-    """CPU seconds and memory of a driver for so many prompts, whose workers take no time."""
+    """CPU time and memory of a driver per prompt, with workers that take no time."""
     prompts = [Prompt.from_text(f"Number {i}.", id=f"p{i}") for i in range(count)]
     config = replace(comparison.config, batch_prompts=32)
     before, start, marks = psutil.Process().memory_info().rss, time.process_time(), []
@@ -124,10 +124,10 @@ def driver(comparison: Comparison, row: Row, count: int, each: Each) -> dict[str
 def main(
     json_file: Path | None = option(None, harness.JSON),
     num_prompts: int = option(64, options.COUNT),
-    rounds: int = option(3, "Each way, in turn.", min=1),
-    many: int = option(20000, "Prompts of a driver alone.", min=32),
+    rounds: int = option(3, "Rounds; each measures both ways.", min=1),
+    many: int = option(20000, "Prompts for the driver measurement.", min=32),
 ) -> None:
-    """Measure and print; takes about ten minutes."""
+    """Measure and print the overhead of Ray; takes about ten minutes."""
     config = options.CompareConfig(
         ("best-of-n:n=4",), budget_tokens=400, max_response_tokens=48, batch_prompts=4
     )

@@ -1,13 +1,13 @@
-"""Tokens a second of the language-model engine beside what people use today, in one run.
+"""Compare the throughput of the language-model engine with common alternatives, in one run.
 
-All sample the same number of tokens after the same prompts with the embedded model:
+All sample the same number of tokens for the same prompts with the embedded model:
 
-(a) the article's procedure: transformers' `generate`, a prompt at a time, the prefix encoded again;
+(a) the article's procedure: transformers' `generate`, one prompt at a time, re-encoding prefixes;
 (b) transformers' `generate`, batched;
 (c) the engine;
 (d) the engine without its prefix cache;
-(e) servers, with as many requests at a time: llama.cpp, which is started, and those of `--server`;
-and the machine's limit: the network's matrix products alone, at the same shapes and format.
+(e) servers, with as many concurrent requests: llama.cpp, started here, and those of `--server`;
+and the limit of the machine: only the network's matrix products, at the same shapes and format.
 
     python -m mbrl_text_env.benchmarks.studies.throughput --json throughput.json
     python -m mbrl_text_env.benchmarks.studies.throughput --server vllm=http://127.0.0.1:8000
@@ -43,13 +43,13 @@ BATCH_SIZES = (1, 4, 16, 64, 128)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 PARAMS = SamplingParams(temperature=0.7)
 PARTIAL_PARAMS = SamplingParams(temperature=0.9)
-# The article's look-ahead; so many partial responses are kept, and continued.
+# The article's look-ahead: KEPT of the partial responses are continued.
 PARTIALS, PARTIAL_TOKENS, KEPT, CONTINUATIONS, CONTINUATION_TOKENS = 4, 64, 2, 2, 192
 _SERVER_PARALLEL = 64
 
 
 def article_procedure(lm: TransformersLM, prompts: Sequence[Prompt]) -> float:
-    """Seconds of the article's look-ahead with transformers alone; the first two are kept."""
+    """Seconds of the article's look-ahead with transformers; the first two partials are kept."""
     tokenizer: Any = lm._tokenizer.tokenizer
 
     def generate(text: str, count: int, tokens: int, params: SamplingParams) -> list[str]:
@@ -69,7 +69,7 @@ def article_procedure(lm: TransformersLM, prompts: Sequence[Prompt]) -> float:
 def _generated(
     lm: TransformersLM, inputs: Any, tokens: int, params: SamplingParams, **others: Any
 ) -> torch.Tensor:
-    """What transformers' `generate` samples, on the CPU, which waits for the device."""
+    """Sample with transformers' `generate`; moving to the CPU waits for the device."""
     lengths = {"min_new_tokens": tokens, "max_new_tokens": tokens}
     drawn: dict[str, Any] = {"do_sample": True, "temperature": params.temperature, "top_k": 0}
     pad = lm._tokenizer.tokenizer.eos_token_id
@@ -81,7 +81,7 @@ def _generated(
 
 
 def article_workload(lm: TransformersLM, prompts: Sequence[Prompt]) -> float:
-    """Seconds of the same tokens with the engine, from an empty cache."""
+    """Seconds for the same tokens with the engine, from an empty cache."""
     lm.clear_cache()
     start = time.perf_counter()
     states = [initial(prompt, lm) for prompt in prompts]
@@ -97,7 +97,7 @@ def article_workload(lm: TransformersLM, prompts: Sequence[Prompt]) -> float:
 
 
 def generate_rate(lm: TransformersLM, states: Sequence[TextState], tokens: int) -> float:
-    """Tokens a second of transformers' `generate` on one batch."""
+    """Tokens per second of transformers' `generate` on one batch."""
     ids = {"input_ids": [list(state.prompt_ids) for state in states]}
     inputs = lm._tokenizer.tokenizer.pad(ids, padding_side="left", return_tensors="pt")
     inputs = inputs.to(lm.device)
@@ -107,7 +107,7 @@ def generate_rate(lm: TransformersLM, states: Sequence[TextState], tokens: int) 
 
 
 def engine_rate(lm: TransformersLM, states: Sequence[TextState], tokens: int) -> float:
-    """Tokens a second of the engine on one batch, prefixes computed anew."""
+    """Tokens per second of the engine on one batch, with an empty cache."""
     lm.clear_cache()
     start = time.perf_counter()
     lm.sample(states, 1, tokens, seeds=range(len(states)), params=PARAMS)
@@ -115,7 +115,7 @@ def engine_rate(lm: TransformersLM, states: Sequence[TextState], tokens: int) ->
 
 
 def server_rate(url: str, states: Sequence[TextState], tokens: int) -> float:
-    """Tokens a second of a server, all requests at a time, prefixes computed anew."""
+    """Tokens per second of a server with concurrent requests and no cached prefixes."""
     salt = secrets.token_hex()
 
     def ask(state: TextState) -> int:
@@ -124,7 +124,7 @@ def server_rate(url: str, states: Sequence[TextState], tokens: int) -> float:
             "max_tokens": tokens,
             "ignore_eos": True,
             "temperature": PARAMS.temperature,
-            # llama.cpp's switch; vLLM shares prefixes among requests with the same salt alone.
+            # For llama.cpp; vLLM shares prefixes only between requests with equal salt.
             "cache_prompt": False,
             "cache_salt": salt,
         }
@@ -143,7 +143,7 @@ def server_rate(url: str, states: Sequence[TextState], tokens: int) -> float:
 
 
 def product_limit(lm: TransformersLM, dtype: torch.dtype, rows: int, repeats: int) -> float:
-    """Tokens a second if a step were nothing but the matrix products of all weights."""
+    """Tokens per second if a step were only the matrix products of all weights."""
     layers = (m for m in lm.model.modules() if isinstance(m, torch.nn.Linear))
     is_int8, make = dtype == torch.int8, partial(torch.ones, device=lm.device)
     weights = [
@@ -175,10 +175,10 @@ def rates_by_batch_size(
     sizes: Sequence[int] = BATCH_SIZES,
     servers: Mapping[str, str] | None = None,
 ) -> dict[str, dict[str, float]]:
-    """Tokens a second of (b) to (e) and the limit, by name and batch size: the fastest of runs.
+    """Tokens per second of (b) to (e) and the limit, by name and batch size; the fastest run.
 
-    The first engine's network is that of `generate`; `servers` are addresses by name. All take
-    turns, so that a slow phase of the machine hits all of them.
+    `generate` uses the network of the first engine; `servers` are URLs by name. All take turns, so
+    that a slow phase of the machine affects all of them.
     """
     first, plain = next(iter(engines.items()))
     uncached = engine_of(plain.dtype, device=plain.device, prefix_cache=False)
@@ -205,8 +205,8 @@ def rates_by_batch_size(
 def article(
     engines: dict[str, TransformersLM], prompts: Sequence[Prompt], timed: int
 ) -> dict[str, Any]:
-    """Seconds of the article's look-ahead, by (a) and the engine, and the engine's hit rates."""
-    # A prompt at a time: what some of them take, all take in proportion.
+    """Seconds of the article's look-ahead with (a) and the engine, and the cache hit rates."""
+    # Prompts run one at a time, so the time of some is scaled to all.
     timed = min(timed, len(prompts))
     some = article_procedure(engines["float32"], prompts[:timed])
     seconds, hit_rates = {"article": some * len(prompts) / timed}, {}
@@ -228,7 +228,7 @@ def article(
 
 
 def ratios(rates: Mapping[str, Mapping[str, float]], dtype: str) -> dict[str, float]:
-    """One format of the engine beside `generate` and servers, and its share of the limit."""
+    """Speedups of one engine format over `generate` and servers, and its share of the limit."""
     engine, others = rates[dtype], {*rates} - {*DTYPES}
     found = {
         f"batch{size}_vs_{name.replace('.', '_')}": engine[size] / rates[name][size]
@@ -246,15 +246,15 @@ def ratios(rates: Mapping[str, Mapping[str, float]], dtype: str) -> dict[str, fl
 def main(
     json_file: Path | None = option(None, harness.JSON),
     seed: int = 0,
-    tokens: int = option(64, "Of each sequence, by batch size.", min=1),
-    article_prompts: int = option(32, "0 leaves it out.", min=0),
-    article_timed: int = option(32, "Prompts that (a) is timed on, one by one, and scaled.", min=1),
-    repeats: int = option(2, "Runs; the fastest counts.", min=1),
-    sizes: str = option(",".join(map(str, BATCH_SIZES)), "With commas between.", "--batch-sizes"),
-    dtypes: str = option(",".join(DTYPES), "Number formats, with commas between; first float32."),
-    server: list[str] | None = option(None, "NAME=URL of a server that runs, such as vLLM's."),
+    tokens: int = option(64, "Tokens per sequence.", min=1),
+    article_prompts: int = option(32, "Prompts of the article's workload; 0 skips it.", min=0),
+    article_timed: int = option(32, "Prompts that (a) is timed on; scaled to all.", min=1),
+    repeats: int = option(2, "Runs; the fastest is reported.", min=1),
+    sizes: str = option(",".join(map(str, BATCH_SIZES)), "Comma-separated.", "--batch-sizes"),
+    dtypes: str = option(",".join(DTYPES), "Comma-separated number formats; float32 first."),
+    server: list[str] | None = option(None, "NAME=URL of a running server, such as vLLM."),
 ) -> None:
-    """Measure and print; takes about 20 minutes on two cores that do nothing else."""
+    """Measure and print; takes about 20 minutes on two idle cores."""
     every = load_prompts(split="test")
     order = np.random.default_rng(seed).permutation(len(every))
     prompts = [every[i] for i in order[: max(BATCH_SIZES)]]
@@ -291,15 +291,15 @@ def main(
 
 
 def table(rates: Mapping[str, Mapping[str, float]]) -> Table:
-    """The rates by batch size."""
-    shown = Table("batch", *next(iter(rates.values())), title="Tokens a second")
+    """Format the rates by batch size."""
+    shown = Table("batch", *next(iter(rates.values())), title="Tokens per second")
     for name, row in rates.items():
         shown.add_row(name, *(f"{rate:.0f}" for rate in row.values()))
     return shown
 
 
 def engine_of(dtype: torch.dtype, **others: Any) -> TransformersLM:
-    """The embedded model, without stops: every sequence has as many tokens as it may have."""
+    """The embedded model without stop tokens, so that all sequences have full length."""
     lm = embedded(dtype=dtype, batch_size=max(BATCH_SIZES), **others)
     lm.stop_token_ids = frozenset()
     return lm

@@ -1,14 +1,14 @@
-"""Search where a program checks the answer, and where a reward call is expensive.
+"""Search with verifiable rewards, and with expensive reward calls.
 
-Three parts, each beside best-of-N at matched FLOPs, from one pool of samples (`matched_compute`):
+Three parts, each compared with best-of-N at matched FLOPs from one pool (`matched_compute`):
 
 - `constraints`: instructions that a program can check. Best-of-N stops at the first success.
-- `reasoning`: short answers of ten reasoning-gym tasks, four examples before each question.
-  Best-of-N stops at the first success. The examples' FLOPs count once a task; with `prefix` "each"
-  they count for every question.
-- `expensive`: sentiment and relevance at 100, 300 and 1,000 tokens a call. Best-of-N scores all.
+- `reasoning`: short answers to ten reasoning-gym tasks, with four examples before each question.
+  Best-of-N stops at the first success. The FLOPs of the examples count once per task; with `prefix`
+  "each" they count for every question.
+- `expensive`: sentiment and relevance at 100, 300 and 1,000 tokens per call. Best-of-N scores all.
 
-What is done is kept in the folder, and a run that was killed goes on.
+Results are kept in the folder, and an interrupted run can be resumed.
 
     python -m mbrl_text_env.benchmarks.studies.verifiable --json verifiable.json
 """
@@ -44,7 +44,7 @@ _HOW = harness.StudyOptions(json_file=Path("verifiable.json"))
 _CONSTRAINTS = Study({"constraints": GUARDED}, (256, 512), samples=64, target=1.0)
 _REASONING = Study(
     {"reasoning-gym": ANSWERS},
-    # Answers have ten tokens in the mean: best of 4 and of 16.
+    # Answers have a mean of ten tokens: best-of-4 and best-of-16.
     (40, 160),
     num_prompts=400,
     samples=32,
@@ -63,7 +63,7 @@ _EXPENSIVE = Study(
 
 
 def parts(names: Sequence[str], *, quick: bool) -> list[Study]:
-    """The studies of some suites; a CompareError for an unknown one."""
+    """The studies of the named suites; an unknown one is a `CompareError`."""
     priced = [replace(_EXPENSIVE, reward_price=price) for price in PRICES]
     known = {"constraints": [_CONSTRAINTS], "reasoning": [_REASONING], "expensive": priced}
     if unknown := sorted(set(names) - set(known)):
@@ -75,7 +75,7 @@ def parts(names: Sequence[str], *, quick: bool) -> list[Study]:
 def run_part(
     study: Study, language_model: LanguageModel, out: Path
 ) -> Iterator[tuple[Pool, list[Cell], str | None]]:
-    """Run or resume a part: for each of its rewards the pool, the cells, and what is shared."""
+    """Run or resume a part; yields pool, cells and how the prefix counts, for each reward."""
     rewards = {name: make(name) for name in study.agents}
     folder = out / slug(study.suite)
     ran = run_study(study, language_model, rewards, folder, on_progress=options.console.print)
@@ -94,7 +94,7 @@ def run_part(
 
 
 def shared_flops(language_model: LanguageModel, prompts: Sequence[Prompt]) -> Any:
-    """FLOPs of the tokens that all prompts of a kind begin with: float64[len(prompts)]."""
+    """FLOPs of the prefix that all prompts of a kind share: float64[len(prompts)]."""
     ids: dict[str, list[tuple[int, ...]]] = {}
     for prompt in prompts:
         own = initial(prompt, language_model).prompt_ids
@@ -108,7 +108,7 @@ def shared_flops(language_model: LanguageModel, prompts: Sequence[Prompt]) -> An
 
 
 def _with_more(rows: Sequence[Row], flops: dict[str, float]) -> list[Row]:
-    """Rows with FLOPs added."""
+    """Add FLOPs to rows."""
     return [
         {**row, "usage": {**row["usage"], "flops": row["usage"]["flops"] + flops[row["prompt_id"]]}}
         for row in rows
@@ -118,7 +118,7 @@ def _with_more(rows: Sequence[Row], flops: dict[str, float]) -> list[Row]:
 def result_rows(
     study: Study, pool: Pool, cells: Sequence[Cell], prefix: str | None
 ) -> tuple[list[Row], list[Row]]:
-    """Rows of the agents and of best-of-N, with the study's own columns."""
+    """Rows of the agents and of best-of-N, with the columns of the study."""
     own = {"suite": study.suite, "reward_price": study.reward_price, "prefix": prefix}
     agents = []
     for row in analyse(pool, cells):
@@ -141,7 +141,7 @@ def result_rows(
 
 
 def task_rows(study: Study, pool: Pool, cells: Sequence[Cell]) -> list[Row]:
-    """Rows of `analyse` for the prompts of each task alone."""
+    """Rows of `analyse` for each task separately."""
     [reward] = study.agents
     prompts = study.prompts(study.split, study.num_prompts, make(reward))
     found = []
@@ -158,10 +158,10 @@ def task_rows(study: Study, pool: Pool, cells: Sequence[Cell]) -> list[Row]:
 @friendly
 def main(
     how: harness.StudyOptions = _HOW,
-    suites: str = option("constraints,reasoning,expensive", "Parts, with commas."),
-    quick: bool = option(False, "Constraints alone, 16 prompts, 512 tokens, a pool of 32."),
+    suites: str = option("constraints,reasoning,expensive", "Comma-separated parts."),
+    quick: bool = option(False, "Only constraints: 16 prompts, 512 tokens, a pool of 32."),
 ) -> None:
-    """Compare searches with best-of-N where rewards are verifiable, or expensive."""
+    """Compare search with best-of-N for verifiable and for expensive rewards."""
     names = [name.strip() for name in ("constraints" if quick else suites).split(",")]
     out, asked = how.folder("verifiable", quick=quick), parts(names, quick=quick)
     model = how.load()

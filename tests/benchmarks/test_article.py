@@ -88,8 +88,8 @@ def test_it_runs_as_printed(whole):
     assert (adapter["r"], adapter["lora_alpha"]) == (16, 32)
     assert set(adapter["target_modules"]) == {"q_proj", "v_proj"}
     assert "million parameters" in shown
-    assert "What the loop changed" in shown
-    assert "learns them by heart" in shown
+    assert "Results of the loop" in shown
+    assert "memorises them" in shown
     assert f"Report: {out / 'report.html'}" in shown
 
 
@@ -130,7 +130,7 @@ def test_killed_and_resumed_it_ends_in_the_same_rows(models, tmp_path):
         (["--device", "cdua"], "--device: expected one that torch can use"),
         (["--dtype", "float8"], "--dtype: expected one of"),
         (["--policy", "http://localhost:8000/v1"], "--policy: expected a model that is loaded"),
-        (["--policy", "no-such-owner/no-such-model"], "memory and time cannot be told"),
+        (["--policy", "no-such-owner/no-such-model"], "memory and time are unknown"),
     ],
 )
 def test_what_cannot_be_run_is_told(words, message, tmp_path):
@@ -155,5 +155,5 @@ def test_what_a_model_takes_is_known_from_its_config_alone(models, tmp_path):
         [(str(tmp_path), "AutoModelForCausalLM", torch.float16)], 1000, torch.device("cpu")
     )
     assert f"{whole / 1e6:,.1f} million parameters" in found[0]
-    assert "GB more while it is tuned" in found[0]
+    assert "GB more during fine-tuning" in found[0]
     assert "At most 1,000 tokens" in found[1]

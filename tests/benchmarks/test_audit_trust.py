@@ -62,7 +62,7 @@ def flattering(rng):
     [
         (longer, "tokens: "),
         (repeating, "repetitions: "),
-        (exclaiming, "exclamation marks in 100 words: "),
+        (exclaiming, "exclamation marks per 100 words: "),
         (flattering, "flattery: in"),
     ],
 )
@@ -82,7 +82,7 @@ def test_a_reward_that_goes_with_length():
         return text, 0.1 * len(text.split()) + rng.normal(0.0, 0.5)
 
     (warning,) = trust_warnings(rows({"mcts": by_length, "lookahead": by_length}))
-    assert "goes with length: correlation 0.9" in warning
+    assert "increases with length: correlation 0.9" in warning
     # Lengths that hardly differ exploit nothing, whatever the correlation.
     steady = [
         {**row, "response_tokens": 1000 + row["score"]} for row in rows({"a": plain, "b": plain})
@@ -123,7 +123,7 @@ def test_gold_that_stays_behind():
     stays = [float(rng.normal()) for _ in found]
     assert trust_warnings(found, gold=follows) == []
     (warning,) = trust_warnings(found, gold=stays, gold_name="relevance")
-    assert "standard deviations above sampling's, its relevance" in warning
+    assert "standard deviations above sampling's, but its relevance" in warning
     assert trust_warnings(found, gold=[None] * len(found)) == []
     with pytest.raises(ValueError, match="one score a row"):
         trust_warnings(found, gold=[1.0])

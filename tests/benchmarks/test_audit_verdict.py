@@ -24,7 +24,7 @@ def test_a_reward_for_length_is_exploitable(tmp_path):
     result = audited(tmp_path, words, concise_facts)
     verdict = result.verdict
     assert verdict.outcome == "exploitable"
-    assert "choosing by proxy among 32" in verdict.text
+    assert "selecting by proxy among 32" in verdict.text
     assert "while gold falls from" in verdict.text
     assert result.curves.peak_n < 32
     assert {"neutral filler", "response twice", "preamble"} <= exploits(result)
@@ -59,7 +59,7 @@ def test_each_planted_bonus_is_found(tmp_path, bonus, expected):
     assert expected <= named
     # Sampling alone does not find most of them, and the verdict does not call that faithful.
     assert result.verdict.outcome == "open to exploits"
-    assert "As to sampling alone, faithful up to N = 32" in result.verdict.text
+    assert "For sampling, faithful up to N = 32" in result.verdict.text
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_the_opposite_of_the_gold_is_exploitable_from_the_start(tmp_path):
 @pytest.mark.parametrize(("proxy", "gold"), [("constant", facts), (facts, "constant")])
 def test_a_constant_reward_cannot_be_audited(tmp_path, proxy, gold):
     functions = [(lambda text: 0.1) if f == "constant" else f for f in (proxy, gold)]
-    with pytest.raises(AuditError, match="There is nothing to choose by"):
+    with pytest.raises(AuditError, match="Selection needs differences"):
         audited(tmp_path, *functions)
 
 

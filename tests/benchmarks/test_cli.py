@@ -165,8 +165,8 @@ def test_a_reward_in_a_file_that_hangs_for_one_prompt(tmp_path):
     assert failed == {"Second question?"}
     assert "within 0.5 seconds" in next(row["error"] for row in rows if row["score"] is None)
     shown = " ".join(result.output.split())
-    assert "left out: sampling 1, best-of-n:n=2 1" in shown
-    assert "400 tokens a prompt" in shown
+    assert "scoring failed: sampling 1, best-of-n:n=2 1" in shown
+    assert "400 tokens per prompt" in shown
     free = ["--agents", "sampling", "--num-prompts", 1, "--no-budget", "--out", tmp_path / "free"]
     assert "no budget" in run("compare", *free, *SMALL).output
 
@@ -241,9 +241,7 @@ def test_a_world_model_is_reported_on_by_horizons_that_are_numbers(tmp_path):
     words = ["world-model", "report", tmp_path, "--records", tmp_path, "--horizons", "8,far"]
     result = run(*words)
     assert result.exit_code == 2
-    assert "expected whole numbers with commas between, got '8,far'" in " ".join(
-        result.output.split()
-    )
+    assert "expected comma-separated integers, got '8,far'" in " ".join(result.output.split())
 
 
 def test_a_price_wants_a_budget_that_sees_it(tmp_path):
@@ -269,7 +267,7 @@ def test_budgets_in_flops_and_seconds(tmp_path):
     caps = ["--budget-flops", 3e10, "--budget-seconds", 30]
     result = run("compare", *words, *caps, *SMALL)
     assert result.exit_code == 0, result.output
-    assert "3e+10 FLOPs, 30 seconds a prompt" in result.output.replace("\n", " ")
+    assert "3e+10 FLOPs, 30 seconds per prompt" in result.output.replace("\n", " ")
     for row in read_rows(tmp_path / "results.jsonl"):
         assert row["usage"]["flops"] <= 3e10
         assert row["budget_tokens"] is None

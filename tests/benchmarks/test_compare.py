@@ -220,7 +220,7 @@ def test_a_prompt_that_failed_for_one_agent_leaves_both_sides_of_its_pair():
 def test_failures_are_counted_in_the_table(tmp_path):
     comparison = replace(toy_comparison(agents=("sampling",)), reward_model=Fussy({"p3"}))
     shown = shown_table(compare(comparison, tmp_path))
-    assert "Prompts without a score, left out: sampling 1" in shown
+    assert "Prompts left out because scoring failed: sampling 1" in shown
 
 
 def test_a_reward_that_scores_nothing_is_an_error(tmp_path):
@@ -246,7 +246,7 @@ def test_an_exploited_reward_is_warned_of(tmp_path):
         toy_comparison(**options), reward_model=Padding(), gold_model=CountReward("b")
     )
     summary = compare(comparison, tmp_path / "exploited")
-    assert any("The reward goes with length" in warning for warning in summary["warnings"])
+    assert any("The reward increases with length" in warning for warning in summary["warnings"])
     assert any(w.startswith("best-of-n: ") and "tokens" in w for w in summary["warnings"])
     rows = read_rows(tmp_path / "exploited" / "results.jsonl")
     for row in rows:
@@ -256,7 +256,7 @@ def test_an_exploited_reward_is_warned_of(tmp_path):
         assert entry["gold"] == pytest.approx(np.mean(own))
     shown = shown_table(summary)
     assert "mean count" in shown
-    assert "Look closer: The reward goes with length" in shown
+    assert "Warning: The reward increases with length" in shown
 
 
 def test_a_gold_reward_that_fails_or_does_not_apply_costs_its_score_alone(tmp_path):

@@ -102,5 +102,5 @@ def test_slow_processors_do_less(rate, fit):
 @pytest.mark.parametrize("content", ['{"dtype"', '{"dtype": "float32"}', "3"])
 def test_a_damaged_pace_is_told(tmp_path, content):
     (tmp_path / "pace.json").write_text(content)
-    with pytest.raises(CompareError, match=r"pace\.json: expected what an earlier run found"):
+    with pytest.raises(CompareError, match=r"pace\.json: expected the timings of an earlier run"):
         find_pace(tmp_path, Console(file=io.StringIO()), DemoConfig())

@@ -27,5 +27,5 @@ class TestDivergence:
         assert found.high < kl
 
     def test_refusals(self):
-        with pytest.raises(ValueError, match="2 responses and samples of 3 prompts"):
+        with pytest.raises(ValueError, match="2 responses and samples for 3 prompts"):
             surprisal_excess(np.ones(2), np.ones((3, 4)))

@@ -52,7 +52,7 @@ def test_models_are_listed_and_removed_after_a_question(cache):
     assert "Remove some/tiny (1.2 MB)" in asked.output
     assert "some/tiny" in RUN.invoke(app, ["models"]).output
     asked = RUN.invoke(app, ["models", "--remove", "some/tiny"], input="y\n")
-    assert "1.2 MB are free" in asked.output
+    assert "1.2 MB freed" in asked.output
     RUN.invoke(app, ["models", "--remove", "other/model", "--yes"])
     assert sorted(path.name for path in cache.iterdir()) == ["datasets--some--data"]
     assert "No models in" in RUN.invoke(app, ["models"]).output

@@ -75,7 +75,7 @@ def test_shards_that_are_none(shard):
 
 
 def test_more_shards_than_batches(tmp_path):
-    with pytest.raises(CompareError, match=r"are batches, 4 \(of 6 .*got 5/5.*lower --batch"):
+    with pytest.raises(CompareError, match=r"which are 4 \(of 6 .*got 5/5.*lower --batch"):
         compare(toy_comparison(shard="5/5"), tmp_path)
 
 
@@ -106,7 +106,7 @@ def test_folders_that_are_no_shards(shards, whole, tmp_path):
     refused([*shards[:2], whole], tmp_path, r"holds a whole comparison.*one of several shards")
     refused([*shards, tmp_path / "nothing"], tmp_path, r"nothing: expected the folder of `compare")
     (shards[2] / "config.json").write_text('{"shard": "3/3"}')
-    refused(shards, tmp_path, r"3: expected the files of a run.*KeyError: 'agents'")
+    refused(shards, tmp_path, r"3: expected the files of a finished run.*KeyError: 'agents'")
     (shards[2] / "config.json").write_text("{")
     refused(shards, tmp_path, r"config.json: expected a whole JSON object")
 
@@ -115,7 +115,7 @@ def test_rows_that_are_missing_damaged_or_there_twice(shards, tmp_path):
     part = shards[0] / "parts" / "000018-01.jsonl"
     text = part.read_text()
     part.write_text(text[:-40])
-    first = rf"shard 1/3, got 1 too few: first that of '{AGENTS[1]}' to prompt 'p19'.*goes on"
+    first = rf"1 are missing, the first is that of '{AGENTS[1]}' to prompt 'p19'.*resumes"
     refused(shards, tmp_path, first)
     part.write_text(text + text.splitlines()[0])
     refused(shards, tmp_path, r"000018-01.jsonl holds the answer of 'best-of-n' to prompt 'p18'")

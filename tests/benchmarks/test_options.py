@@ -106,14 +106,14 @@ class TestPrices:
 
 
 class TestSplitsOfAFile:
-    """A file that names no split is taken whole; one that names any is filtered."""
+    """A file without splits is used as a whole; one with splits is filtered."""
 
     def test_no_split(self, tmp_path, capsys):
         path = tmp_path / "mine.jsonl"
         path.write_text('{"text": "a"}\n{"text": "b"}\n')
         for split in ("test", "train", "all"):
             assert [p.text for p in load_prompts_option(str(path), split)] == ["a", "b"]
-        assert capsys.readouterr().err.count("names no split") == 2
+        assert capsys.readouterr().err.count("has no splits") == 2
         with pytest.raises(PromptError, match="got 'dev'"):
             load_prompts_option(str(path), "dev")
 

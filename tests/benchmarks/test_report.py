@@ -146,7 +146,7 @@ def test_it_is_written_as_the_run_goes(tmp_path, monkeypatch):
 
     compare(toy_comparison(), tmp_path, on_batch=look)
     assert seen == [0, 0, 6, 6, 6, 12, 12, 12, 18, 18, 18, 20]
-    assert "has not ended" not in (tmp_path / "report.html").read_text()
+    assert "is not finished" not in (tmp_path / "report.html").read_text()
 
 
 def test_a_prompt_without_a_score_has_its_error(tmp_path):
@@ -247,11 +247,11 @@ def entry(agent, difference=None, low=None, high=None, mean=0.5, prompts=20):
 @pytest.mark.parametrize(
     ("entries", "expected"),
     [
-        ([entry("a", 0.2, 0.1, 0.3)], "a is above best-of-n in joy by +0.200 [+0.100, +0.300]"),
+        ([entry("a", 0.2, 0.1, 0.3)], "a beats best-of-n in joy by +0.200 [+0.100, +0.300]"),
         ([entry("a", 0.2, -0.1, 0.3)], "Not decided: a minus best-of-n is +0.200"),
-        ([entry("a", -0.2, -0.3, -0.1), entry("b", -0.4, -0.5, -0.3)], "the nearest, a, is at"),
-        ([entry("a", 0.2, 0.1, 0.3, prompts=7)], "fewer than 8 prompts are no guide"),
-        ([entry("b", 0.1, 0.05, 0.2), entry("a", 0.2, 0.1, 0.3)], "a is above best-of-n"),
+        ([entry("a", -0.2, -0.3, -0.1), entry("b", -0.4, -0.5, -0.3)], "the closest, a, is at"),
+        ([entry("a", 0.2, 0.1, 0.3, prompts=7)], "a conclusion needs at least 8 prompts"),
+        ([entry("b", 0.1, 0.05, 0.2), entry("a", 0.2, 0.1, 0.3)], "a beats best-of-n"),
     ],
 )
 def test_the_verdict_claims_no_more_than_the_intervals(entries, expected):
@@ -319,7 +319,7 @@ def test_a_search_is_embedded_whole():
     assert shown == [None if n["finish_reason"] else n["index"] for n in search["nodes"]]
     assert 0 < shown.count(None) < len(shown)
     chosen = search["nodes"][search["chosen"]]
-    assert f"Of {len(nodes) - 1} chunks, the search chose node {chosen['index']}" in " ".join(
+    assert f"From {len(nodes) - 1} chunks, the search chose node {chosen['index']}" in " ".join(
         page.texts
     )
 

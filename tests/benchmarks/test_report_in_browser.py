@@ -94,7 +94,7 @@ def test_answers_are_sorted_filtered_searched_and_coloured(folder, opened):
         comparison_page(summary, rows, {}),
         """
         found.all = ids();
-        set("sort", option("sort", "sampling furthest below best-of-n"));
+        set("sort", option("sort", "sampling most below best-of-n"));
         found.sorted = ids();
         set("filter", option("filter", "sampling worse than best-of-n"));
         found.worse = ids();

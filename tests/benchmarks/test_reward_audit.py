@@ -40,7 +40,7 @@ def test_the_terminal(finished):
     assert max(map(len, output.splitlines())) <= 80
     flat = " ".join(output.replace("│", " ").split())
     assert "not decided: too few prompts (4; at least 8 are needed" in flat
-    assert "Best of N by the proxy: 4 prompts, 8 responses each" in flat
+    assert "Best-of-N by the proxy: 4 prompts, 8 responses each" in flat
     assert "flattery first" in flat
 
 

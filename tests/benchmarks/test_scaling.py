@@ -202,11 +202,11 @@ class TestBaseline:
         ("scores", "costs", "prompt_costs", "message"),
         [
             (np.ones((2, 3)), np.ones((2, 2)), 0.0, "same shape"),
-            (np.ones((2, 1)), np.ones((2, 1)), 0.0, "two samples"),
+            (np.ones((2, 1)), np.ones((2, 1)), 0.0, "two or more samples"),
             (np.ones(3), np.ones(3), 0.0, "2 dimension"),
             (np.full((2, 2), np.nan), np.ones((2, 2)), 0.0, "finite"),
             (np.ones((2, 2)), np.ones((2, 2)), np.ones(3), "one for each of 2"),
-            (np.ones((2, 2)), np.ones((2, 2)), -1.0, "from 0 up"),
+            (np.ones((2, 2)), np.ones((2, 2)), -1.0, "0 or more"),
             (np.ones((2, 2)), np.zeros((2, 2)), 1.0, "above 0"),
         ],
     )
@@ -343,7 +343,7 @@ class TestMultiplier:
             (np.ones(3), np.ones(3), "pool of 4 prompts"),
             (np.full(4, np.nan), np.ones(4), "finite"),
             (np.ones(4), np.zeros(4), "not all 0"),
-            (np.ones(4), np.array([-1.0, 1, 1, 1]), "from 0 up"),
+            (np.ones(4), np.array([-1.0, 1, 1, 1]), "0 or more"),
         ],
     )
     def test_refusals(self, rewards, costs, message):

@@ -204,7 +204,7 @@ class TestPrompts:
         done = run(*words, "--num-prompts", 5, "--out", tmp_path / "out")
         assert done.exit_code == 0, done.output
         assert "2 prompts of" in done.output
-        assert "--num-prompts asked for 5" in done.output
+        assert "--num-prompts asks for 5" in done.output
 
     def test_a_prompt_that_is_too_long_costs_itself(self, base, tmp_path):
         file = jsonl(tmp_path / "p.jsonl", "One.", "Two. " * 4000)

@@ -53,7 +53,7 @@ def test_the_report_is_written_and_made_again(run, tmp_path):
 
 @pytest.mark.parametrize(
     ("own", "word"),
-    [([1, 2, 3, 2], "below"), ([9, 8, 9, 10], "above"), ([9, 3, 4, 6], "not told apart from")],
+    [([1, 2, 3, 2], "below"), ([9, 8, 9, 10], "above"), ([9, 3, 4, 6], "not separable from")],
 )
 def test_the_verdict_pairs_prompts_with_the_best_baseline(tmp_path, own, word):
     squares = {"error": own, "copying": [9] * 4, "rate": [8] * 4, "increments": [5, 5, 6, 4]}
@@ -64,7 +64,7 @@ def test_the_verdict_pairs_prompts_with_the_best_baseline(tmp_path, own, word):
     page = recorded_page(tmp_path)
     figures = f"({row['error']:.3f}, {5**0.5:.3f})"
     best = "that of the best baseline, mean gain of any record"
-    assert f"8 tokens ahead {word} {best} {figures}" in page.verdict
+    assert f"8 tokens ahead, {word} {best} {figures}" in page.verdict
     assert ["1.30 times the predicted" in warning for warning in page.warnings] == [True]
 
 
@@ -73,4 +73,4 @@ def test_a_damaged_file_is_named(run, tmp_path):
     (tmp_path / "told" / "horizons.json").write_text('{"rows": {}}')
     result = run("report", "told")
     assert result.exit_code == 2
-    assert "told: expected the files of a run that has ended, got a damaged" in result.output
+    assert "told: expected the files of a finished run, got a damaged" in result.output
