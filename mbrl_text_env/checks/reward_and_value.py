@@ -27,10 +27,10 @@ from mbrl_text_env.values import (
     value_usage_bound,
 )
 
-# The batch around a response may change the rounding of a network's score, no more.
+# The batch may change a network's score only by rounding.
 _TOLERANCE = 1e-5
 _ROUNDING = 1e-9
-# Places at which a response is cut to try bounds.
+# Number of prefixes of a response to check bounds on.
 _CUTS = 16
 
 _PROMPTS = (
@@ -113,22 +113,22 @@ def check_reward_model(
     prompts: Sequence[Prompt] | None = None,
     responses: Sequence[str] | None = None,
 ) -> None:
-    """Check that a reward model keeps the contract of `rewards.RewardModel`.
+    """Check that a reward model implements the interface of `rewards.RewardModel`.
 
-    Checked are the name; one finite score a response, the same in every call, whatever the order
-    and the rest of the batch (up to 1e-5); that the arguments are left as they are; and, where the
+    It checks the name; that each response has one finite score, which does not depend on the call,
+    the order or the rest of the batch (up to 1e-5); that arguments are not changed; and, if the
     model has them, `score_parts`, `bound`, `flops`, `flops_bound` and `score_steps`.
 
     Args:
-        reward_model: A reward model; a function is made one by `rewards.as_reward_model`.
-        prompts: By default questions, a chat, a continuation, and one with constraints; pass
-            prompts with the metadata that the model needs. Those that it does not apply to are left
-            out.
-        responses: By default short, long, empty and Unicode ones. Response i answers prompt i; of
-            the shorter list the first ones are used again.
+        reward_model: A reward model; convert a function with `rewards.as_reward_model`.
+        prompts: Prompts with the metadata that the model needs; by default questions, a chat, a
+            continuation and a prompt with constraints. Prompts that the model does not apply to are
+            left out.
+        responses: By default short, long, empty and Unicode responses. Response i answers prompt
+            i; the shorter list is repeated.
 
     Raises:
-        CheckError: The contract is broken.
+        CheckError: A check fails.
 
     Example:
         >>> class Length:
@@ -146,7 +146,7 @@ def check_reward_model(
     asked = [prompt for prompt in given if model.applies_to(prompt)]
     trial.expect("applies_to", asked, "none", count=len(given))
     answers = _RESPONSES if responses is None else responses
-    # The first pair comes a second time: what is scored twice in a batch scores the same.
+    # The first pair is repeated: both copies must have the same score.
     rows = [*range(max(len(asked), len(answers))), 0]
     trial.model = model
     trial.prompts = [asked[row % len(asked)] for row in rows]
@@ -171,14 +171,14 @@ class _RewardTrial(Trial):
         self.subject = subject
 
     def score(self, rows: Sequence[int]) -> FloatArray:
-        """Scores of some rows, each checked to be one finite number a response."""
+        """Scores of some rows, checked to be one finite number per response."""
         prompts, responses = [self.prompts[i] for i in rows], [self.responses[i] for i in rows]
         return self.finite(
             "score", self.called("score", self.model.score, prompts, responses), responses
         )
 
     def finite(self, place: str, raw: Any, texts: Sequence[str]) -> FloatArray:
-        """What a model returned, as float64[len(texts)]."""
+        """The values that a model returned, as float64[len(texts)]."""
         try:
             values = np.asarray(raw, dtype=np.float64)
         except (TypeError, ValueError):

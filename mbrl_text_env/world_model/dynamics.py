@@ -42,8 +42,7 @@ class Futures:
     """M predicted futures for each of B states.
 
     Args:
-        features: float32[B, M, F], features of the future response, in the order of
-            `Dynamics.names`.
+        features: float32[B, M, F], features of the future response, ordered as `Dynamics.names`.
         length: int64[B, M], number of tokens of the future response.
         ended: bool[B, M], whether the future response has ended.
         member: int64[B, M], index of the model or group of records that made the prediction.

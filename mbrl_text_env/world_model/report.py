@@ -35,8 +35,8 @@ class HorizonReport:
         increments: Error of adding the mean gain of the other prompts' records.
         z: Error divided by the futures' standard deviation; above 1 if that is too small.
         epistemic_share: Share of the futures' variance that is between members.
-        squares: For each of the first four errors, by name, the mean squared error of each prompt;
-            the mean over prompts is the square of the error.
+        squares: For each of the first four errors, by name, the squared errors of each prompt,
+            weighted by its number of prefixes; their mean is the square of the error.
     """
 
     horizon: int
