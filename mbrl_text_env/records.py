@@ -153,7 +153,7 @@ class Record:
     ) -> Record:
         """Make a record from a scored state.
 
-        `others` are the arguments of the class that the state does not contain: `response`, `score`,
+        `others` are the arguments that the state does not contain: `response`, `score`,
         `reward_name`, `agent`, `language_model`, `seed` and, if there are several, `sample`.
         """
         prompt = state.prompt

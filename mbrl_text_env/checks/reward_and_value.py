@@ -216,9 +216,9 @@ class _RewardTrial(Trial):
             self.finite(f"{place}, part {part!r}", values, self.responses)
 
     def check_bounds(self) -> None:
-        """No beginning of a response may be bound below the score of any that goes on from it.
+        """The bound of a prefix must be at least the score of every continuation.
 
-        Where a bound falls, other responses are tried as continuations, too.
+        If a bound decreases, other responses are also tried as continuations.
         """
         scores = self.score(range(len(self.responses)))
         for prompt, text, score in zip(self.prompts, self.responses, scores, strict=True):
@@ -268,22 +268,22 @@ class _RewardTrial(Trial):
 def check_value_model(
     value_model: Any, states: Sequence[TextState], *, tolerance: float = 1e-5
 ) -> None:
-    """Check that a value model keeps the contract of `values.ValueModel`.
+    """Check that a value model implements the interface of `values.ValueModel`.
 
-    Checked are that it is fitted; one finite mean and one finite standard deviation of at least 0
-    for each state, the same in every call, whatever the order and the rest of the batch; the empty
-    batch; that ledgers change nothing and are each charged what their state takes, never more than
-    the bound that a planner sets aside; and that it comes back from a pickle as it was.
+    It checks that the model is fitted; that each state has a finite mean and a finite standard
+    deviation of at least 0, which do not depend on the call, the order or the rest of the batch;
+    the empty batch; that ledgers do not change predictions, and each is charged the cost of its
+    state, never more than the bound; and that a pickled copy makes the same predictions.
 
     Args:
-        value_model: A value model that can predict.
-        states: At least two, of the prompts, tokenizer and reward that it is meant for. Prefixes of
-            different lengths, an empty one among them, are where faults show.
-        tolerance: Most that a prediction may differ with the batch, relative to the largest, or
-            absolute below 1.
+        value_model: A fitted value model.
+        states: At least two states with the prompts and tokenizer that the model supports.
+            Use prefixes of different lengths, including an empty one.
+        tolerance: Maximum difference of a prediction between batches, relative to the largest
+            prediction, or absolute if that is below 1.
 
     Raises:
-        CheckError: The contract is broken.
+        CheckError: A check fails.
 
     Example:
         >>> from mbrl_text_env.types import initial
@@ -292,7 +292,7 @@ def check_value_model(
     """
     if len(states) < 2:
         raise ValueError(f"states: expected at least 2, got {len(states)}.")
-    # The first state comes a second time: what is asked twice in a batch is answered the same.
+    # The first state is repeated: both copies must have the same value.
     trial = _ValueTrial(value_model, [*states, states[0]], tolerance)
     trial.expect_attributes(value_model, "predict")
     fitted = getattr(value_model, "is_fitted", True)
@@ -314,7 +314,7 @@ def check_value_model(
 
 @dataclass
 class _ValueTrial(Trial):
-    """A value model with the states that it is tried on."""
+    """A value model and the states to check it on."""
 
     rules = _VALUE_RULES
     model: Any
@@ -363,7 +363,7 @@ class _ValueTrial(Trial):
     def check_amounts(self, place: str, state: TextState, usage: Usage, bound: Usage) -> None:
         self.expect("value_calls", usage.value_calls == 1, usage, place=place)
         size = len(state.response_ids)
-        # What is read from a cache costs nothing, and nobody knows beforehand how long it takes.
+        # Cached tokens cost nothing, and seconds are not known in advance.
         for name in (f.name for f in fields(Usage) if f.name not in ("seconds", "cached_tokens")):
             amount, most = getattr(usage, name), getattr(bound, name)
             within = 0 <= amount <= most * (1 + _ROUNDING)
