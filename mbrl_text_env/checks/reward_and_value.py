@@ -286,7 +286,7 @@ def check_value_model(
         CheckError: A check fails.
 
     Example:
-        >>> from mbrl_text_env.types import initial
+        >>> from mbrl_text_env.mdp import initial
         >>> prompts = [Prompt.from_text("Hi"), Prompt.from_text("Why?")]  # doctest: +SKIP
         >>> check_value_model(value, [initial(p, lm) for p in prompts])  # doctest: +SKIP
     """
