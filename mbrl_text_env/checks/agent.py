@@ -155,7 +155,7 @@ class _Counts:
 
 @dataclass
 class _Trial(Trial):
-    """An agent under check; `least` generated tokens have to be enough for one response."""
+    """An agent under check; `least` generated tokens must be enough for one response."""
 
     rules = _RULES
     agent: Any
@@ -165,7 +165,7 @@ class _Trial(Trial):
     seed: int
 
     def starts(self) -> list[TextState]:
-        """The states in which nothing is written yet."""
+        """The states with empty responses."""
         return [initial(prompt, self.agent.language_model) for prompt in self.prompts]
 
     def generate(
@@ -201,7 +201,7 @@ class _Trial(Trial):
 
     @contextmanager
     def watched(self, method: str, counts: _Counts, budget: Budget | None) -> Iterator[None]:
-        """Count what the models are asked for; running out of the budget is a fault."""
+        """Count the calls of the models; exceeding the budget is a fault."""
         score, steps = counts.of_score, counts.of_steps
         of_lm: dict[str, Callable[..., None]] = {
             "sample": counts.of_sample,
@@ -246,7 +246,7 @@ class _Trial(Trial):
             self.expect("score", close, score, place=place, text=text, actual=actual)
 
     def check_completion(self, start: TextState, completion: Any, place: str) -> None:
-        """A completion is a complete response that goes on from `start`."""
+        """Check that a completion is a complete response that continues `start`."""
         lm, state = self.agent.language_model, completion.state
         ids, begun = state.response_ids, len(start.response_ids)
         same = (state.prompt, state.prompt_ids) == (start.prompt, start.prompt_ids)
@@ -290,12 +290,12 @@ class _Trial(Trial):
         answers = self.generate(self.prompts, counts=first)
         self.expect_same("repeated", answers, self.generate(self.prompts))
         self.generate(self.prompts, seed=seeds[1], counts=other)
-        # The answers may well be the same: a search that looks long enough finds the best one.
+        # The answers can be equal: a long search finds the best one for any seed.
         differ = not first.streams or first.streams != other.streams
         self.expect("seed", differ, first.streams[:3], one=seeds[0], two=seeds[1])
 
     def check_batching(self) -> None:
-        # Twice the first one: what a prompt gets may not depend on where in the batch it stands.
+        # The first prompt twice: its answer must not depend on its place in the batch.
         prompts = [*self.prompts, self.prompts[0]]
         alone = [answer for prompt in prompts for answer in self.generate([prompt])]
         self.expect_same("batch", self.generate(prompts), alone)

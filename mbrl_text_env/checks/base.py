@@ -129,8 +129,8 @@ def counted(thing: object, counters: Mapping[str, Callable[..., None]]) -> Itera
             object.__setattr__(thing, name, over(getattr(thing, name), counters[name]))
     except AttributeError as error:
         raise CheckError(
-            f"{type(thing).__name__}: expected that its method {name!r} can be replaced, to count "
-            f"its calls, got {error}. Remove __slots__, or check a subclass without them."
+            f"{type(thing).__name__}: expected a method {name!r} that can be replaced to count its "
+            f"calls, got {error}. Remove __slots__, or check a subclass without them."
         ) from error
     try:
         yield

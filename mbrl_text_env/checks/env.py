@@ -29,10 +29,10 @@ _TOLERANCE = 1e-9
 _MOST_SEEDS = 64
 _RULES = rules("""
 spaces | spaces | two of Gymnasium's |
-action_space | action_space of the text environment | {expected} | Make it by `task.action_space()`;
-    other actions are for a wrapper to define.
+action_space | action_space of the text environment | {expected} | Make it with
+    `task.action_space()`; define other actions in a wrapper.
 pair | {where} | a tuple (observation, info) | Return both.
-observation | {where}, observation | an element of {space} | Mind shape, dtype and bounds.
+observation | {where}, observation | an element of {space} | Check shape, dtype and bounds.
 reset | reset(seed={seed}) | the same observation, info and state every time, {first} | Draw from
     `self.np_random`, which `super().reset(seed=seed)` seeds, and clear what the last episode left.
 prompts | reset(seed=...) | different prompts for {count} seeds | Draw the prompt from
@@ -61,8 +61,8 @@ delta | reward='delta' | that they add up to the score {score:g} | Pay it once; 
     check_rewards=False if a wrapper changes the reward.
 once | reward='terminal' | one scored response, got {got} in an episode | Score it when it has
     ended: reward models are expensive.
-restored | set_state | that get_state() returns the state that was set, {state} | Restore all that
-    `step` reads.
+restored | set_state | that get_state() returns the state that was set, {state} | Restore everything
+    that `step` reads.
 copied | set_state | the same observation and info for the state and for its pickled copy | Derive
     both from the state alone.
 state | get_state | a state that can be {able} | Use a frozen dataclass.
@@ -72,9 +72,9 @@ invalid | action_space | that {case} is no element | See `ChunkRules`.
 refusal | step | {error} for {case} | Leave it to the base class.
 untouched | step | that {case}, which is refused, leaves the state as it was, {before} | Change the
     state only after everything that can fail.
-repeated | {where}, {name} | the same as the first time, {value} | What a step returns has to follow
-    from state and action alone: draw no other random numbers, keep no other state, and leave
-    timings out of info.
+repeated | {where}, {name} | the same as the first time, {value} | The result of a step must depend
+    only on state and action: draw no other random numbers, keep no other state, and leave timings
+    out of info.
 """)
 
 

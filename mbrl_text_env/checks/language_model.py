@@ -33,7 +33,7 @@ _Rows = Sequence[Sequence[Chunk]]
 _CONTRACT = ("name", "vocab_size", "stop_token_ids", "context_length", "encode_prompt", "decode")
 _RULES = rules("""
 attributes | attributes | an object with {names} | Subclass `LanguageModel`.
-name | name | a string that is not empty | Reports call it by that.
+name | name | a string that is not empty | Reports use it.
 size | {size} | an int of at least 1 | Take it from the configuration.
 stop_token_ids | stop_token_ids | a frozenset of ids from 0 to {last} | Others can never be sampled,
     so no response would end.
@@ -156,7 +156,7 @@ def check_language_model(
 
 @dataclass(frozen=True)
 class _Trial(Trial):
-    """A model with the states, which have not ended, that it is tried on."""
+    """A model and the (not ended) states to check it on."""
 
     rules = _RULES
     lm: Any
@@ -239,7 +239,7 @@ class _Trial(Trial):
         self.expect("logprobs", right, chunk.logprobs, count=len(ids))
 
     def continued(self) -> list[TextState]:
-        """States that go on from the first chunks, and what decoding says of those."""
+        """States that continue after the first chunks; checks that decoding drops stop tokens."""
         lm, states = self.lm, []
         for state, (chunk,) in zip(self.states, self.draw(self.everything, 1), strict=True):
             ordinary = tuple(i for i in chunk.token_ids if i not in lm.stop_token_ids)
@@ -262,7 +262,7 @@ class _Trial(Trial):
                 self.expect("model's", close, chunk.logprobs, params=params, logs=logs)
 
     def check_streams(self, rows: _Rows) -> None:
-        """Draw the same in other batches and in other portions."""
+        """Sample the same chunks in other batches and portions."""
         self.expect_same("alone", rows, [row for i in self.everything for row in self.draw([i])])
         self.expect_same("order", rows, self.draw(self.everything[::-1])[::-1])
         later = self.draw(self.everything, first_sample=_SAMPLES)
@@ -293,7 +293,7 @@ class _Trial(Trial):
             self.expect("most", chunk.logprobs[0] >= most - self.tolerance, chunk, most=most)
 
     def check_stop_texts(self, rows: _Rows) -> None:
-        """A text that a chunk contains before its end cuts the chunk short there."""
+        """Check that a stop text inside a chunk ends the chunk there."""
         lm = self.lm
         for i, (chunk, *_) in enumerate(rows):
             texts = [lm.decode(chunk.token_ids[:n]) for n in range(1, len(chunk))]
@@ -310,7 +310,7 @@ class _Trial(Trial):
             self.expect("goes on", cut.finish_reason is None, cut, stop=stop)
 
     def check_repeating(self, rows: _Rows) -> None:
-        """Draw the same once more, this time with ledgers, and look at what they say."""
+        """Sample the same chunks again with ledgers, and check the charges."""
         ledgers = [Ledger() for _ in self.states]
         again = self.draw(self.everything, ledgers=ledgers)
         self.expect_same("again", rows, again)
@@ -360,7 +360,7 @@ class _Trial(Trial):
         self.expect("batch", close, f"a difference of {difference:g}", most=self.tolerance)
 
     def expect_same(self, rule: str, rows: _Rows, others: _Rows, **facts: object) -> None:
-        """Compare chunks by their tokens; a few may differ by a rounding tie."""
+        """Compare the tokens of chunks; a few can differ by a rounding tie."""
         differences = [
             (f"{a.token_ids} and {b.token_ids} for state {i}, sample {k}", _is_tie(a, b))
             for i, (row, other) in enumerate(zip(rows, others, strict=True))

@@ -56,9 +56,9 @@ _RESPONSES = (
 )
 _STEPS = (["One and one is two."], ["", "So x = 2. ", "日本 🙂", "x = 2. " * 200])
 _REWARD_RULES = rules("""
-attributes | attributes | an object with {names} | Add them; a function is made a reward model by
+attributes | attributes | an object with {names} | Add them; convert a function with
     `rewards.as_reward_model(function)`.
-name | name | a string that is not empty | Reports call it by that.
+name | name | a string that is not empty | Reports use it.
 applies_to | applies_to | True for at least one of {count} prompts | Pass prompts with the metadata
     that it needs.
 failure | {place} | scores for {size} texts, among them empty, long and Unicode ones | Decide what
@@ -87,7 +87,7 @@ within | flops | numbers from 0 to flops_bound(), {most:g} | Agents set it aside
 """)
 _VALUE_RULES = rules("""
 attributes | attributes | an object with {names} | Subclass `ValueModel`.
-is_fitted | is_fitted | True | Fit it, or load a fitted one, before.
+is_fitted | is_fitted | True | Fit it first, or load a fitted one.
 arguments | {place} | that the list of states is left as it is | Work on a copy: planners go on
     using it.
 failure | {place} | values of {size} states | Every state of a prompt that the model is meant for
