@@ -1,7 +1,7 @@
 """Text generation as a Gymnasium environment.
 
-A state is a prompt and the prefix of its response, an action is a chunk of tokens, and the reward
-comes from any reward model. Importing the package registers the environments with Gymnasium.
+A state is a prompt and a response prefix, an action is a chunk of tokens, and the reward comes from
+any reward model. Importing the package registers the environments with Gymnasium.
 """
 
 import gymnasium as _gymnasium

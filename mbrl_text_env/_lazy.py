@@ -19,15 +19,15 @@ EXTRAS = {
     "ray": ("ray",),
     "verify": ("math_verify", "jsonschema", "langdetect", "regex"),
 }
-"""The packages that each extra brings, by the names they are imported by."""
+"""The packages that each extra installs, by import name."""
 
 
 class MissingExtraError(ImportError):
-    """A package that only an extra of this one brings."""
+    """A missing package that an extra of `mbrl-text-env` installs."""
 
 
 def missing_extra(error: BaseException) -> str | None:
-    """The extra that brings the package which an import lacked; None for other errors."""
+    """The extra that installs the missing package of an ImportError; None for other errors."""
     name = getattr(error, "name", None) if isinstance(error, ImportError) else None
     package = (name or "").partition(".")[0]
     return next((extra for extra, packages in EXTRAS.items() if package in packages), None)
@@ -35,7 +35,7 @@ def missing_extra(error: BaseException) -> str | None:
 
 @contextmanager
 def extras() -> Iterator[None]:
-    """Name the extra, by `MissingExtraError`, where an import in the block lacks a package."""
+    """Raise a MissingExtraError that names the extra if an import in the block fails."""
     try:
         yield
     except ModuleNotFoundError as error:
@@ -50,7 +50,7 @@ def extras() -> Iterator[None]:
 
 
 def optional(module: str, error: type[Exception]) -> Any:
-    """Import a package of an extra; an `error` that it is missing names the extra."""
+    """Import a package of an extra; if it is missing, raise `error`, which names the extra."""
     try:
         with extras():
             return importlib.import_module(module)
@@ -61,7 +61,7 @@ def optional(module: str, error: type[Exception]) -> Any:
 def attach(
     package: str, names: Mapping[str, Sequence[str]]
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
-    """Make `__getattr__`, `__dir__` and `__all__` of a package of names by their submodule."""
+    """Make `__getattr__`, `__dir__` and `__all__` of a package from its names by submodule."""
     module_of = {name: module for module, listed in names.items() for name in listed}
 
     def get(name: str) -> Any:

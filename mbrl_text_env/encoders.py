@@ -1,4 +1,4 @@
-"""Text encoders: how texts are embedded, and what that costs."""
+"""Text encoders: embed texts, and compute the cost."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from mbrl_text_env.language_models.hf_tokenizer import control_test, plain_text
 from mbrl_text_env.types import FloatArray
 
 _MOST_COUNTS = 65536
-# What a CPU multiplies best still lies in its caches.
+# Batches of this size fit into the caches of a CPU.
 _CPU_BATCH = 16
 _lock = threading.Lock()
-# What was found out about an encoder, for as long as it is there.
+# Cached facts about an encoder while it exists.
 _counts: WeakKeyDictionary[Any, OrderedDict[str, int]] = WeakKeyDictionary()
 _sizes: WeakKeyDictionary[Any, tuple[float, float]] = WeakKeyDictionary()
 _tests: WeakKeyDictionary[Any, Callable[[str], bool]] = WeakKeyDictionary()
 
 ReducedDtype = Literal["bfloat16", "float16"]
-"""Number formats that are faster than a model's own, and less exact."""
+"""Number formats that are faster and less exact than a model's own."""
 
 
 class Encoder(Protocol):
@@ -37,16 +37,16 @@ class Encoder(Protocol):
 
 
 def prefix_text(prompt: str, response: str) -> str:
-    """Prompt and response in the one text that is embedded, in the article's format."""
+    """The text to embed for a prompt and a response, in the article's format."""
     return f"Prompt: {prompt}\nResponse: {response}"
 
 
 def encode_texts(
     encoder: Encoder, texts: Sequence[str], dtype: ReducedDtype | None = None
 ) -> npt.NDArray[np.float32]:
-    """Embed texts without a progress bar: float32[B, d].
+    """Embed texts without a progress bar, float32[B, d].
 
-    A SentenceTransformer multiplies in `dtype`; None is its own format.
+    A SentenceTransformer computes in `dtype`; None means its own format.
     """
     if not _is_sentence_transformer(encoder):
         return np.asarray(encoder.encode(list(texts)), dtype=np.float32)
@@ -56,16 +56,16 @@ def encode_texts(
     texts = _without_marks(model, texts)
     autocast = dtype and torch.autocast(model.device.type, dtype=getattr(torch, dtype))
     with autocast or contextlib.nullcontext():
-        # What stands in for a model in another thread is no module: it passes all texts on at once.
+        # A proxy of a model in another thread is not a Module, and passes on all texts at once.
         on_cpu = isinstance(encoder, torch.nn.Module) and model.device.type == "cpu"
         if len(texts) > 1 and on_cpu and hasattr(model[0], "auto_model"):
             return _encoded_by_length(model, texts)
-        # It shows a bar whenever logging is verbose.
+        # By default it shows a bar if logging is verbose.
         return np.asarray(model.encode(list(texts), show_progress_bar=False), dtype=np.float32)
 
 
 def _encoded_by_length(model: Any, texts: Sequence[str]) -> npt.NDArray[np.float32]:
-    """In batches of about as many tokens: sorting by characters, as it does itself, pads more."""
+    """Encode in batches sorted by tokens; the encoder's own sorting by characters pads more."""
     order = np.argsort(_token_counts(model, texts), kind="stable")
     batches = np.split(order, range(_CPU_BATCH, len(order), _CPU_BATCH))
     found = [
@@ -78,19 +78,19 @@ def _encoded_by_length(model: Any, texts: Sequence[str]) -> npt.NDArray[np.float
 
 
 def multiplies_bfloat16() -> bool:
-    """Whether this processor has instructions for products in bfloat16, which else are slow."""
+    """Whether this processor has bfloat16 instructions; without them, bfloat16 is slow."""
     import torch
 
-    # Versions of torch that cannot tell count as a processor that cannot.
+    # Old versions of torch cannot tell; assume no.
     capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
 
 
 def encoder_flops(encoder: Encoder, texts: Sequence[str]) -> FloatArray:
-    """Floating-point operations of embedding each text: float64[B].
+    """FLOPs of embedding each text, float64[B].
 
-    2 x parameters (without the embedding tables, which are looked up) x tokens, plus 4 x layers x
-    width x tokens^2 for the attention. 0 for encoders other than a SentenceTransformer.
+    2 x parameters (without the embedding tables, which are only looked up) x tokens, plus 4 x
+    layers x width x tokens^2 for attention. 0 for encoders other than a SentenceTransformer.
     """
     if not _is_sentence_transformer(encoder) or not texts:
         return np.zeros(len(texts))
@@ -98,7 +98,7 @@ def encoder_flops(encoder: Encoder, texts: Sequence[str]) -> FloatArray:
 
 
 def encoder_flops_bound(encoder: Encoder) -> float:
-    """The most that one text can take: one that fills the encoder's input."""
+    """FLOPs of a text of the encoder's maximum length, an upper bound for any text."""
     if not _is_sentence_transformer(encoder):
         return 0.0
     model: Any = encoder
@@ -106,7 +106,7 @@ def encoder_flops_bound(encoder: Encoder) -> float:
 
 
 def _token_counts(encoder: Any, texts: Sequence[str]) -> list[int]:
-    """Tokens of each text. Searches ask for one text at a time, and for the same ones again."""
+    """Number of tokens of each text, cached because searches repeat the same texts."""
     with _lock:
         known = _counts.setdefault(encoder, OrderedDict())
         new = [text for text in dict.fromkeys(texts) if text not in known]
@@ -124,7 +124,7 @@ def _without_marks(encoder: Any, texts: Sequence[str]) -> list[str]:
     """Texts in which the encoder's tokenizer finds no special token, such as "[SEP]"."""
     tokenizer = getattr(encoder, "tokenizer", None)
     if not hasattr(tokenizer, "added_tokens_decoder"):
-        # What is no model of text has another kind of tokenizer, or none.
+        # Models that are not text models have another kind of tokenizer, or none.
         return list(texts)
     if encoder not in _tests:
         _tests[encoder] = control_test(tokenizer)

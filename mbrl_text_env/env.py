@@ -1,4 +1,4 @@
-"""Text generation as a Gymnasium environment, `mbrl_text_env/TextGeneration-v0`, and N in one."""
+"""Text generation as a Gymnasium environment, single (`TextGeneration-v0`) and vectorized."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _StepResult = tuple[Any, FloatArray, BoolArray, BoolArray, dict[str, Any]]
 
 
 class _TextEnv:
-    """The task, and the outcomes that are shown: one, or N."""
+    """The task and the current outcomes (one, or N in the vector form)."""
 
     metadata: dict[str, Any]
     task: TextTask
@@ -50,14 +50,14 @@ class _TextEnv:
 class TextGenerationEnv(_TextEnv, gym.Env[Any, Any]):
     """Write a response to a prompt, chunk by chunk.
 
-    An action is a chunk of 1 to `max_chunk_tokens` token ids. A stop token ends the episode with
-    `terminated`, the token limit with `truncated`; either way the response is scored, once. A chunk
-    that would pass the limit is cut there, and `info["chunk_cut"]` is True.
+    An action is a chunk of 1 to `max_chunk_tokens` token ids. A stop token sets `terminated`, and
+    the token limit sets `truncated`. In both cases the response is scored once. A chunk that
+    exceeds the limit is cut to fit, and `info["chunk_cut"]` is True.
 
-    `info` has the same keys and types from the first step to the last: `prompt_id`, `prompt`,
-    `response`, `finish_reason` (`""`, `"stop"` or `"length"`), `chunk_cut`, and `score` and
-    `score_parts`, which are 0 until the end. The parts of a reward that does not name them
-    beforehand (`part_names`) are there at the end only. The environment holds no language model.
+    `info` has the same keys and types at every step: `prompt_id`, `prompt`, `response`,
+    `finish_reason` (`""`, `"stop"` or `"length"`), `chunk_cut`, and `score` and `score_parts`,
+    which are 0 until the end. If a reward does not declare its `part_names`, its parts appear only
+    at the end. The environment does not contain a language model.
 
     Args:
         prompts, tokenizer, reward_model, **options: See `TextTask`.
@@ -89,7 +89,7 @@ class TextGenerationEnv(_TextEnv, gym.Env[Any, Any]):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Any, dict[str, Any]]:
-        """Begin a response to a random prompt or to `options["prompt"]` (Prompt, id, index)."""
+        """Start an episode with a random prompt or `options["prompt"]` (Prompt, id or index)."""
         super().reset(seed=seed)
         prompt = self.task.choose_prompt(self.np_random, options)
         return self._show(self.task.start(prompt))
@@ -98,22 +98,22 @@ class TextGenerationEnv(_TextEnv, gym.Env[Any, Any]):
         """Append a chunk of token ids (an integer array or tensor [n], or a list or tuple of ints).
 
         Raises:
-            EpisodeEndedError, InvalidChunkError, RewardError: The state stays as it was.
+            EpisodeEndedError, InvalidChunkError, RewardError: The state does not change.
         """
         (outcome,) = self.task.advance(self._current(), [action])
         observation, info = self._show(outcome)
         return observation, outcome.reward, outcome.terminated, outcome.truncated, info
 
     def get_state(self) -> TextState:
-        """The state: frozen and picklable. The generator that draws prompts is not in it."""
+        """The state, frozen and picklable. It does not include the generator that draws prompts."""
         return self._current()[0].state
 
     def set_state(self, state: TextState) -> tuple[Any, dict[str, Any]]:
-        """Go on from a state of this or of an equal environment; returns what `reset` would."""
+        """Restore a state of this or an equal environment; return the same values as `reset`."""
         return self._show(self.task.resume(self.task.check_state(state)))
 
     def render(self) -> Any:
-        """The prompt and the response: returned as a string or a frame, or printed."""
+        """Return the prompt and the response as a string or a frame, or print them."""
         if self.render_mode is None:
             gym.logger.warn("render() needs a render mode: gym.make(id, render_mode=...)")
             return None
@@ -134,28 +134,28 @@ class TextGenerationEnv(_TextEnv, gym.Env[Any, Any]):
 class TextGenerationVectorEnv(_TextEnv, VectorEnv[Any, Any, Any]):
     """The vector form of `TextGenerationEnv`, made by `gym.make_vec(id, num_envs=N)`.
 
-    It returns what `gymnasium.vector.SyncVectorEnv` over N single environments with the same seeds
-    would, but scores all responses in one call.
+    It returns the same values as `gymnasium.vector.SyncVectorEnv` over N single environments with
+    the same seeds, but scores all responses in one call.
 
-    A response that the reward model cannot score raises, and no state is changed. With
-    `on_reward_error="record"` it does not cost the others theirs: its episode ends (`truncated`,
-    unless it ended by itself) with the reward `failed_reward`, `info["reward_error"]` says why,
-    `num_failed` counts it, and a warning names it.
+    By default, a response that cannot be scored raises an error, and no state changes. With
+    `on_reward_error="record"`, only its own episode ends, with the reward `failed_reward` and as
+    `truncated`, unless the response is already complete. `info["reward_error"]` holds the reason,
+    `num_failed` counts the failure, and a warning reports it.
 
     Args:
         num_envs: N, at least 1.
         on_reward_error: `"raise"` or `"record"`.
-        failed_reward: A finite number for whatever learns from it. NaN, the default, makes all
-            weights of a network NaN, and Gymnasium's `NormalizeReward` too: leave such steps out.
+        failed_reward: The reward of a failed step. Training on NaN, the default, makes network
+            weights and Gymnasium's `NormalizeReward` NaN: drop such steps or pass a finite number.
         autoreset_mode: Gymnasium's `NextStep`, `SameStep` or `Disabled`.
-        render_mode: None, or `"ansi"` or `"rgb_array"`, for a tuple of N.
+        render_mode: None, `"ansi"` or `"rgb_array"`; `render` returns a tuple of N.
         prompts, tokenizer, reward_model, **options: See `TextTask`.
 
     Attributes:
-        episode_started: bool[N], which sub-environments the last `reset` or `step` reset.
-        final_states: Under `SameStep`, the states in which the last step's episodes ended; None for
-            sub-environments that go on.
-        num_failed: Responses that could not be scored so far.
+        episode_started: bool[N], True for sub-environments that the last `reset` or `step` reset.
+        final_states: With `SameStep`, the final states of the episodes that ended in the last step;
+            None for the other sub-environments.
+        num_failed: Number of responses so far that could not be scored.
     """
 
     metadata = {"render_modes": ["ansi", "rgb_array"], "render_fps": 4}  # noqa: RUF012
@@ -218,9 +218,9 @@ class TextGenerationVectorEnv(_TextEnv, VectorEnv[Any, Any, Any]):
         seed: int | Sequence[int | None] | None = None,
         options: dict[str, Any] | None = None,
     ) -> tuple[Any, dict[str, Any]]:
-        """Reset all sub-environments, or those of `options["reset_mask"]` (bool[N]).
+        """Reset all sub-environments, or those selected by `options["reset_mask"]` (bool[N]).
 
-        `seed` is one int (sub-environment i gets seed + i) or one a sub-environment;
+        `seed` is one int (sub-environment i gets seed + i) or one int for each sub-environment;
         `options["prompt"]` is as in `TextGenerationEnv.reset`.
         """
         n, rest = self.num_envs, dict(options or {})
@@ -253,13 +253,13 @@ class TextGenerationVectorEnv(_TextEnv, VectorEnv[Any, Any, Any]):
     ) -> _StepResult:
         """Step all sub-environments with one chunk each.
 
-        Under `NextStep`, the action for a sub-environment that ended in the last step is not looked
-        at: it is reset instead. An error leaves all states as they were. Where `failures` has an
-        error, the reward has failed already: that episode ends.
+        With `NextStep`, a sub-environment that ended in the last step is reset, and its action is
+        ignored. An error leaves all states unchanged. An error in `failures` means that the reward
+        of that sub-environment has already failed, so its episode ends.
 
         Raises:
             ValueError, InvalidChunkError: There are not N actions, or one is not a chunk.
-            EpisodeEndedError: Under `Disabled`, a sub-environment has ended and was not reset.
+            EpisodeEndedError: With `Disabled`, a sub-environment has ended and was not reset.
             RewardError: The reward failed, and `on_reward_error` is `"raise"`.
         """
         before = self._current()
@@ -298,7 +298,7 @@ class TextGenerationVectorEnv(_TextEnv, VectorEnv[Any, Any, Any]):
                 generator.bit_generator.state = state
 
     def set_states(self, states: Sequence[TextState]) -> tuple[Any, dict[str, Any]]:
-        """Go on from N states, as `TextGenerationEnv.set_state`; returns what `reset` would."""
+        """Restore N states (see `TextGenerationEnv.set_state`); return the same as `reset`."""
         if len(states) != self.num_envs:
             raise ValueError(f"Expected {self.num_envs} states, got {len(states)}.")
         with unchanged_if_it_fails(self):
@@ -307,14 +307,14 @@ class TextGenerationVectorEnv(_TextEnv, VectorEnv[Any, Any, Any]):
             return self._observations(), stack_infos([o.info for o in self._outcomes])
 
     def render(self) -> tuple[Any, ...] | None:
-        """Prompt and response of every sub-environment, as text or as a frame."""
+        """Return the prompt and response of each sub-environment as text or as a frame."""
         if self.render_mode is None:
             return None
         draw = as_text if self.render_mode == "ansi" else as_frame
         return tuple(draw(outcome) for outcome in self._current())
 
     def _restart_ended(self, finals: Sequence[Outcome]) -> list[dict[str, Any]]:
-        """Begin anew where episodes have ended; the infos, with the ends in them."""
+        """Reset the ended episodes; return the infos, with `final_obs` and `final_info`."""
         ended, observations = _ended(finals), self.task.observe(finals)
         self._outcomes = [self._restarted(i) if ended[i] else o for i, o in enumerate(finals)]
         self.episode_started = ended
@@ -327,14 +327,14 @@ class TextGenerationVectorEnv(_TextEnv, VectorEnv[Any, Any, Any]):
     def _advance(
         self, outcomes: list[Outcome], actions: list[Any], failures: list[RewardError | None]
     ) -> list[Outcome]:
-        """Step outcomes with their actions; failures are recorded, or told."""
+        """Step outcomes with their actions; reward failures are raised or recorded."""
         if self.on_reward_error == "raise":
             try:
                 return self.task.advance(outcomes, actions)
             except RewardError as error:
                 raise RewardError(
-                    f"{error} No environment has been stepped. To end such episodes and go on, set "
-                    "on_reward_error='record' and failed_reward to the reward that they get."
+                    f"{error} No environment has been stepped. To end such episodes and continue, "
+                    "set on_reward_error='record' and failed_reward to the reward for them."
                 ) from error
         found = self.task.advance(outcomes, actions, failures)
         for i, outcome in enumerate(found):
@@ -362,7 +362,7 @@ def _ended(outcomes: Sequence[Outcome]) -> BoolArray:
 
 
 def as_actions(actions: Any, num_envs: int) -> list[Any]:
-    """One action for each environment, or a ValueError."""
+    """A list of one action for each sub-environment; ValueError for another number."""
     try:
         found = list(actions)
     except TypeError:
@@ -373,9 +373,9 @@ def as_actions(actions: Any, num_envs: int) -> list[Any]:
 
 
 def stack_infos(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Turn the infos of sub-environments into Gymnasium's vector info.
+    """Convert the infos of sub-environments to Gymnasium's vector info.
 
-    It is that of `VectorEnv._add_info` over the rows, made a key at a time, which is faster.
+    The result equals that of `VectorEnv._add_info`, but is built key by key, which is faster.
 
     Example:
         >>> stack_infos([{"score": 1.0}, {}])
@@ -407,7 +407,7 @@ def _column(values: list[Any], mask: BoolArray, plain: bool) -> npt.NDArray[Any]
 
 
 def text_env(env: gym.Env[Any, Any]) -> TextGenerationEnv:
-    """The text environment inside wrappers; TypeError where there is none."""
+    """The `TextGenerationEnv` inside wrappers; TypeError if there is none."""
     base = env.unwrapped
     if not isinstance(base, TextGenerationEnv):
         raise TypeError(f"Expected a TextGenerationEnv inside, got {type(base).__name__}.")
@@ -416,9 +416,9 @@ def text_env(env: gym.Env[Any, Any]) -> TextGenerationEnv:
 
 @contextmanager
 def unchanged_if_it_fails(env: Any) -> Iterator[None]:
-    """Put back what a step or a reset has changed, in all layers of an environment, if it raises.
+    """Restore all layers of an environment if a step or a reset raises.
 
-    The attributes of a layer are those that its class lists in `kept_if_a_step_fails`.
+    Each class lists the attributes to restore in `kept_if_a_step_fails`.
     """
     layers = [env]
     while isinstance(layers[-1], (gym.Wrapper, VectorWrapper)):

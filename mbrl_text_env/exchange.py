@@ -1,4 +1,4 @@
-"""Records as data sets of other libraries, and fitted folders on the Hugging Face Hub."""
+"""Exchange records with other libraries, and upload fitted folders to the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import datasets
     import minari
 
-# What an episode's observations, actions and infos do not say.
+# Fields of a record that an episode's observations, actions and infos do not contain.
 _BESIDES = (
     *("messages", "metadata", "split", "prompt_ids", "logprobs", "rewards", "score"),
     *("reward_name", "agent", "language_model", "seed", "usage", "sample"),
@@ -60,7 +60,7 @@ loaded = {function}({arguments})
 
 
 def to_dataset(records: Iterable[Record]) -> datasets.Dataset:
-    """Records as a `datasets.Dataset`, whose columns are those of `records.SCHEMA`.
+    """Convert records to a `datasets.Dataset` with the columns of `records.SCHEMA`.
 
     Raises:
         RecordsError: A record cannot be written (see `RecordWriter.append`).
@@ -74,10 +74,10 @@ def to_dataset(records: Iterable[Record]) -> datasets.Dataset:
 
 
 def from_dataset(dataset: datasets.Dataset) -> list[Record]:
-    """The records of a data set that `to_dataset` made; further columns are left out.
+    """Convert a data set made by `to_dataset` to records; other columns are ignored.
 
     Raises:
-        RecordsError: A column is missing, or holds something else.
+        RecordsError: A column is missing or has another content.
 
     Example:
         >>> from_dataset(datasets.load_dataset("me/scored", split="train"))  # doctest: +SKIP
@@ -100,21 +100,21 @@ def from_dataset(dataset: datasets.Dataset) -> list[Record]:
 def to_minari(
     records: Iterable[Record], dataset_id: str, env: gym.Env[Any, Any], **options: Any
 ) -> minari.MinariDataset:
-    """Write records as a Minari data set: an episode a record, a step a chunk.
+    """Write records as a Minari data set, with one episode per record and one step per chunk.
 
-    Nothing is scored: the last step's reward is the record's score. What the episodes do not show,
-    such as log-probabilities and cost, is in the last info, `record`.
+    Nothing is scored: the reward of the last step is the record's score. Other fields of the
+    record, such as log-probabilities and cost, are in the last info, under `record`.
 
     Args:
-        records: A record without `chunk_ends` is one chunk.
+        records: A record without `chunk_ends` becomes one chunk.
         dataset_id: Minari's name of the data set, such as `"text/scored-v0"`.
-        env: `mbrl_text_env/TextGeneration-v0` with `action_format="padded"`; it says how states are
-            shown, and how long a chunk can be.
-        options: Of `minari.create_dataset_from_buffers`, such as `author` and `data_format`, which
-            is `"arrow"` by default.
+        env: `mbrl_text_env/TextGeneration-v0` with `action_format="padded"`; it determines the
+            observations and the maximum chunk length.
+        options: Options of `minari.create_dataset_from_buffers`, such as `author` and
+            `data_format` (by default `"arrow"`).
 
     Raises:
-        RecordsError: The environment is another one, or a record is no episode of it.
+        RecordsError: `env` is another environment, or a record is not an episode of it.
 
     Example:
         >>> to_minari(read_records("scored"), "text/scored-v0", env)  # doctest: +SKIP
@@ -141,14 +141,14 @@ def to_minari(
 
 
 def from_minari(dataset: minari.MinariDataset, env: gym.Env[Any, Any]) -> list[Record]:
-    """The records of episodes: of `to_minari`, or of Minari's `DataCollector`.
+    """Convert episodes from `to_minari` or Minari's `DataCollector` to records.
 
     Args:
-        dataset: With infos (`record_infos=True`).
-        env: The environment that the episodes are of. Nothing is scored with it.
+        dataset: A data set with infos (`record_infos=True`).
+        env: The environment of the episodes. Nothing is scored.
 
     Raises:
-        RecordsError: The environment is another one, or the episodes are not its.
+        RecordsError: `env` is another environment, or the episodes do not fit it.
 
     Example:
         >>> from_minari(minari.load_dataset("text/scored-v0"), env)  # doctest: +SKIP
@@ -174,19 +174,19 @@ def push_to_hub(
 ) -> str:
     """Upload a fitted folder with a model card, and return its address on the Hub.
 
-    Takes policies, value models, world models and learned rewards, each as its `save` or its
-    training wrote it. `huggingface_hub.snapshot_download(repo_id)` gives the folder back. A
-    `README.md` that the folder has is its card.
+    The folder can be a policy, value model, world model or learned reward, as written by `save` or
+    by training. Download it with `huggingface_hub.snapshot_download(repo_id)`. If the folder has a
+    `README.md`, that is used as the model card.
 
     Args:
-        folder: What is uploaded, whole.
-        repo_id: Such as `"me/my-reward"`; made if it is not there.
-        token: Of the user; by default the one that `hf auth login` keeps, or `HF_TOKEN`.
-        private: Whether a new repository is private; None is the user's default.
+        folder: The folder to upload completely.
+        repo_id: Name such as `"me/my-reward"`; created if it does not exist.
+        token: Access token; by default the one stored by `hf auth login`, or `HF_TOKEN`.
+        private: Whether a new repository is private; None for the user's default.
 
     Raises:
-        ValueError: The folder holds nothing of this kind.
-        HfHubHTTPError: The Hub refuses it.
+        ValueError: The folder contains none of these.
+        HfHubHTTPError: The Hub rejects the upload.
 
     Example:
         >>> push_to_hub("my-reward", "me/my-reward")  # doctest: +SKIP
@@ -207,7 +207,7 @@ def push_to_hub(
 
 
 def model_card(folder: str | Path, repo_id: str) -> str:
-    """What `push_to_hub` says of a folder, as Markdown with the Hub's metadata.
+    """The model card that `push_to_hub` writes, as Markdown with the Hub's metadata.
 
     Raises:
         ValueError: See `push_to_hub`.
@@ -250,7 +250,7 @@ def _task_of(env: gym.Env[Any, Any]) -> TextTask:
 
 
 def _episode(record: Record, task: TextTask) -> Any:
-    """Minari's buffer of a record; ValueError where it is no episode of the task."""
+    """Minari's buffer of a record; ValueError if it is not an episode of the task."""
     from minari.data_collector.episode_buffer import EpisodeBuffer
 
     ends = (0, *(record.chunk_ends or (len(record.response_ids),)))
@@ -275,7 +275,7 @@ def _episode(record: Record, task: TextTask) -> Any:
 
 
 def _columns(rows: list[Any]) -> Any:
-    """Observations as Minari takes them: a list for each part."""
+    """Observations in Minari's form: a list for each part."""
     if not isinstance(rows[0], dict):
         return rows
     return {key: [row[key] for row in rows] for key in rows[0]}

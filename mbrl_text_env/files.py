@@ -1,9 +1,9 @@
-"""Files and folders that are whole or not there, and plain values of JSON and tables.
+"""Atomic writes of files and folders, and plain values for JSON and tables.
 
-What is written under a temporary name and then renamed is, when the process is killed at any
-moment, the old or the new one. For a folder that replaces another, that takes a Linux file system
-that exchanges two names at once (`renameat2`). Elsewhere there is a moment with neither: then
-`recover_folder`, which everything that reads such folders calls, puts the old one back.
+Files are written under a temporary name and then renamed, so a killed process leaves the old or the
+new one. To replace a folder atomically, Linux exchanges two names (`renameat2`). On other systems
+there is a moment with neither folder. All readers call `recover_folder`, which restores the old
+folder after a kill in that moment.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a UTF-8 file atomically; folders above it are made."""
+    """Write a UTF-8 file atomically; create missing parent folders."""
     with write_file(path) as scratch:
         scratch.write_text(text, encoding="utf-8")
 
 
 @contextmanager
 def write_file(path: str | Path) -> Iterator[Path]:
-    """Fill a scratch file that takes the place of `path` when the block ends without an error."""
+    """Yield a scratch file that replaces `path` if the block ends without an error."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = _scratch(target)
@@ -58,9 +58,9 @@ def write_file(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def write_folder(path: str | Path) -> Iterator[Path]:
-    """Fill a scratch folder that takes the place of `path` when the block ends without an error.
+    """Yield a scratch folder that replaces `path` if the block ends without an error.
 
-    Scratch folders that killed writers of the same path have left are removed.
+    Scratch folders left by killed writers of the same path are removed.
     """
     target = Path(path)
     if target.is_symlink():
@@ -84,7 +84,7 @@ def write_folder(path: str | Path) -> Iterator[Path]:
 
 
 def recover_folder(path: str | Path) -> None:
-    """Put a folder back that a killed writer had moved aside; see the module."""
+    """Restore a folder that a killed writer moved aside; see the module."""
     target = Path(path)
     aside = _aside(target)
     if aside.is_dir() and not target.exists():
@@ -92,7 +92,7 @@ def recover_folder(path: str | Path) -> None:
 
 
 def remove_scratch(folder: str | Path) -> None:
-    """Remove what killed writers have left in a folder in which no other process writes."""
+    """Remove files left by killed writers; no other process may be writing in the folder."""
     for path in list(Path(folder).rglob(".*")):
         if _SCRATCH_NAME.fullmatch(path.name):
             if path.is_dir():
@@ -119,7 +119,7 @@ def _take_place(scratch: Path, target: Path) -> None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Exchange two names at once; False where that is not offered."""
+    """Exchange two names atomically; False if the system cannot."""
     try:
         function: Any = ctypes.CDLL(None, use_errno=True).renameat2
     except (AttributeError, OSError, TypeError):
@@ -130,7 +130,7 @@ def _exchange(one: Path, other: Path) -> bool:
 
 @contextmanager
 def _held(scratch: Path) -> Iterator[None]:
-    """Show other writers that the scratch folder is in use, for as long as this process lives."""
+    """Mark the scratch folder as in use while this process lives."""
     if fcntl is None:
         yield
         return
@@ -171,12 +171,12 @@ def _aside(target: Path) -> Path:
 
 
 def _scratch(target: Path) -> Path:
-    # Not from `tempfile`: that makes files for their owner's eyes only.
+    # Not from `tempfile`, which makes files that only their owner can read.
     return target.with_name(f".{target.name}-{uuid.uuid4().hex[:12]}")
 
 
 def without_nan(value: Any) -> Any:
-    """JSON values of dataclasses' values: None for NaN."""
+    """Replace NaN by None in nested values, for JSON."""
     if isinstance(value, Mapping):
         return {key: without_nan(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
@@ -185,7 +185,7 @@ def without_nan(value: Any) -> Any:
 
 
 def restored(hint: Any, value: Any) -> Any:
-    """A value of a type out of JSON: tuples, dataclasses and NaN (None where a float is due) again.
+    """Restore a value of type `hint` from JSON: tuples, dataclasses and NaN (None for a float).
 
     Example:
         >>> restored(tuple[float, ...], [1.0, None])
@@ -209,10 +209,10 @@ def restored(hint: Any, value: Any) -> Any:
 
 
 def plain_values(value: Any) -> Any:
-    """A value of a table (Arrow, pandas, NumPy) or a tensor, as plain Python; others as they are.
+    """Convert values of tables (Arrow, pandas, NumPy) and tensors to plain Python.
 
-    Of a dict, keys whose value is missing (None, NaN or pandas' NA) are left out: tables give every
-    row the keys of all rows.
+    Dict keys with a missing value (None, NaN or pandas' NA) are dropped, because every row of a
+    table has all keys. Other values are returned unchanged.
 
     Example:
         >>> plain_values({"answer": np.int64(4), "hint": None, "tests": np.array(["a", "b"])})
@@ -242,10 +242,9 @@ def _is_missing(value: Any) -> bool:
 def strict_json_object(
     place: str, text: str, example: str, error: type[Exception]
 ) -> dict[str, Any]:
-    """An object of JSON that every reader takes alike; an `error` that begins with `place`.
+    """Parse a strict JSON object; otherwise raise `error` with a message that starts with `place`.
 
-    Refused are NaN and infinities, numbers beyond float64, keys that come twice, and halves of
-    characters.
+    NaN, infinities, numbers beyond float64, duplicate keys and lone surrogates are rejected.
     """
     try:
         fields = json.loads(
@@ -254,7 +253,7 @@ def strict_json_object(
             parse_float=_finite,
             object_pairs_hook=_without_repeats,
         )
-        # JSON can escape halves of characters, which no tokenizer and no file takes.
+        # JSON can escape lone surrogates, which tokenizers and files reject.
         json.dumps(fields, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as reason:
         raise error(
@@ -288,5 +287,5 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def shortened(text: str, width: int = 80) -> str:
-    """A text cut to a width, for messages."""
+    """Cut a text to a width, for messages."""
     return text if len(text) <= width else text[: width - 3] + "..."

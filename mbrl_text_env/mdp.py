@@ -1,4 +1,4 @@
-"""The decision process as pure functions; environments and planners are shells over them."""
+"""The decision process as pure functions, used by the environments and planners."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ if TYPE_CHECKING:
 
 
 class EpisodeEndedError(RuntimeError):
-    """A state whose response has ended was stepped."""
+    """An action was applied to a state whose response has ended."""
 
 
 class InvalidChunkError(ValueError):
-    """Token ids that are no action of the decision process."""
+    """Token ids that are not a valid action."""
 
 
 @dataclass(frozen=True)
 class ChunkRules:
-    """What makes token ids an action: ids below `vocab_size`, 1 to `max_chunk_tokens` of them."""
+    """The rules for actions: 1 to `max_chunk_tokens` ids below `vocab_size`, stop token last."""
 
     vocab_size: int
     stop_token_ids: frozenset[int]
     max_chunk_tokens: int
 
     def fault(self, token_ids: Sequence[int]) -> str | None:
-        """Say in words why `token_ids` is not a chunk, or return None where it is one."""
+        """Describe why `token_ids` is not a chunk; None if it is one."""
         if not 1 <= len(token_ids) <= self.max_chunk_tokens:
             return f"expected 1 to {self.max_chunk_tokens} token ids, got {len(token_ids)}"
         if max(token_ids) >= self.vocab_size or min(token_ids) < 0:
@@ -44,7 +44,7 @@ class ChunkRules:
         return None
 
     def finish_reason(self, token_ids: Sequence[int]) -> FinishReason | None:
-        """`"stop"` if the chunk ends with a stop token; InvalidChunkError where it is none."""
+        """`"stop"` if the chunk ends with a stop token, else None; InvalidChunkError if invalid."""
         fault = self.fault(token_ids)
         if fault is not None:
             raise InvalidChunkError(
@@ -54,19 +54,19 @@ class ChunkRules:
         return "stop" if token_ids[-1] in self.stop_token_ids else None
 
     def chunk(self, token_ids: Sequence[int]) -> Chunk:
-        """Make a chunk of token ids; see `finish_reason`."""
+        """Make a chunk from token ids; see `finish_reason`."""
         return Chunk(tuple(token_ids), finish_reason=self.finish_reason(token_ids))
 
 
 def unpadded(ids: Sequence[int], rules: ChunkRules) -> list[int]:
-    """The chunk that padded ids stand for; see `spaces.padded_chunk_space`."""
+    """The chunk in padded ids; see `spaces.padded_chunk_space`."""
     chunk = list(itertools.takewhile(lambda token: token != rules.vocab_size, ids))
     stops = (i for i, token in enumerate(chunk, start=1) if token in rules.stop_token_ids)
     return chunk[: next(stops, None)]
 
 
 def as_token_ids(action: Any) -> list[int] | None:
-    """An array, tensor (of one axis), list or tuple of integers as a list of ints, or else None."""
+    """Convert a 1-D array or tensor, list or tuple of integers to a list of ints; else None."""
     action = _as_numpy(action)
     if isinstance(action, np.ndarray):
         return action.tolist() if action.ndim == 1 and action.dtype.kind in "iu" else None
@@ -77,7 +77,7 @@ def as_token_ids(action: Any) -> list[int] | None:
 
 
 def as_index(value: Any) -> int | None:
-    """An integer of Python, NumPy or torch (arrays of one element too) as an int, or else None."""
+    """Convert an integer of Python, NumPy or torch (or a 1-element array) to an int; else None."""
     value = _as_numpy(value)
     if isinstance(value, (np.ndarray, np.generic)):
         return int(value.item()) if value.size == 1 and value.dtype.kind in "iu" else None
@@ -88,7 +88,7 @@ def as_index(value: Any) -> int | None:
 
 
 def _as_numpy(value: Any) -> Any:
-    """A torch tensor as an array, wherever it lies; anything else as it is."""
+    """Convert a torch tensor on any device to an array; return anything else unchanged."""
     return value.detach().cpu().numpy() if hasattr(value, "detach") else value
 
 
@@ -98,7 +98,7 @@ def initial(prompt: Prompt, tokenizer: Tokenizer) -> TextState:
 
 
 def response_limit(state: TextState, tokenizer: Tokenizer, max_response_tokens: int) -> int:
-    """Most tokens that the response can have: the limit given, or what the context leaves."""
+    """Maximum response length: the given limit, or the space left in the context if smaller."""
     return min(max_response_tokens, tokenizer.context_length - len(state.prompt_ids))
 
 
@@ -108,7 +108,7 @@ def is_terminal(state: TextState) -> bool:
 
 
 def check_not_terminal(state: TextState) -> None:
-    """Refuse to step a state whose response has ended, by `EpisodeEndedError`."""
+    """Raise EpisodeEndedError if the response has ended."""
     if state.finish_reason is not None:
         raise EpisodeEndedError(
             f"The response to prompt {state.prompt.id!r} has ended "
@@ -118,10 +118,10 @@ def check_not_terminal(state: TextState) -> None:
 
 
 def transition(state: TextState, chunk: Chunk, max_response_tokens: int) -> TextState:
-    """Append a chunk to a state's response; EpisodeEndedError where that has ended already.
+    """Append a chunk to a state's response; EpisodeEndedError if the response has ended.
 
-    A chunk that would make the response longer than `max_response_tokens` is cut there; then its
-    stop token, if it had one, is lost and the response ends by `"length"`.
+    A chunk that exceeds `max_response_tokens` is cut to fit. Its stop token, if any, is then lost,
+    and the finish reason is `"length"`.
 
     Example:
         >>> state = TextState(Prompt.from_text("Hi"), prompt_ids=(5, 6))
@@ -138,7 +138,7 @@ def append(
     max_response_tokens: int,
     logprobs: tuple[float, ...] = (),
 ) -> TextState:
-    """`transition` for the parts of a chunk; the environments' inner loop makes no `Chunk`."""
+    """`transition` without a `Chunk` object, for the inner loop of the environments."""
     check_not_terminal(state)
     room = max_response_tokens - len(state.response_ids)
     if len(token_ids) > room:

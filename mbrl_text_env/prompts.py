@@ -19,7 +19,7 @@ from mbrl_text_env.types import Message, Prompt, Split, nearest
 _SPLITS = get_args(Split)
 _CONTENT_KEYS = ("text", "prompt", "messages")
 CHANGE = "Change it, or leave it out."
-"""What a message about a value of a row ends with."""
+"""The last sentence of error messages about a value in a row."""
 
 
 class PromptError(ValueError):
@@ -27,7 +27,7 @@ class PromptError(ValueError):
 
 
 class _Row(NamedTuple):
-    """A row of a source: where it stands, what it is called by default, and its fields."""
+    """A row of a source: its location, default id and fields."""
 
     place: str
     default_id: str
@@ -47,25 +47,25 @@ def load_prompts(
     limit: int | None = None,
     chat: bool = True,
 ) -> list[Prompt]:
-    """Load the prompts that come with the package, or those of a file.
+    """Load the builtin prompts of the package, or the prompts in a file.
 
-    A row of a `.jsonl` file is an object with the prompt in `text`, `prompt` or `messages`: a
+    Each row of a `.jsonl` file is an object with the prompt in `text`, `prompt` or `messages`: a
     string, or a list of `{"role": ..., "content": ...}`. A `.csv` file has a header with a column
-    `text` or `prompt`. Optional in both: `id` (by default `<file stem>-<line number>`) and `split`.
-    Everything else in a row is the prompt's metadata, but for what is null.
+    `text` or `prompt`. `id` (default: `<file stem>-<line number>`) and `split` are optional. All
+    other fields that are not null become the prompt's metadata.
 
     Args:
         source: `"builtin"`, or the path of a `.jsonl` or `.csv` file in UTF-8.
         split: Keep only `"train"`, `"validation"` or `"test"`.
-        kind: Keep only prompts whose `metadata["kind"]` is this.
-        limit: Keep only so many, the first.
-        chat: Make a string the one user message of a chat; False leaves it a plain text, which the
-            language model continues. Lists of messages are chats always.
+        kind: Keep only prompts with this `metadata["kind"]`.
+        limit: Keep only the first `limit` prompts.
+        chat: If True, a string becomes the single user message of a chat. If False, it is plain
+            text that the language model continues. Lists of messages are always chats.
 
     Raises:
-        PromptError: The file is missing, empty, not UTF-8 or malformed, a prompt is empty, an id
-            comes twice, a split is unknown, or the filters leave no prompt. The message names the
-            file and the line.
+        PromptError: The file is missing, empty, not UTF-8 or malformed; a prompt is empty; an id
+            is not unique; a split is unknown; or the filters leave no prompt. The message gives
+            the file and the line.
 
     Example:
         >>> [prompt.split for prompt in load_prompts(split="validation", limit=2)]
@@ -88,7 +88,7 @@ def load_prompts(
 
 
 def only(name: str, prompts: list[Prompt], split: str | None, kind: str | None) -> list[Prompt]:
-    """The prompts of a split and a kind; a PromptError that begins with `name` for none."""
+    """The prompts of a split and a kind; if none is left, a PromptError that names `name`."""
     kept = [
         prompt
         for prompt in prompts
@@ -116,19 +116,19 @@ def hub_prompts(
 ) -> list[Prompt]:
     """Load prompts with `datasets.load_dataset`, in TRL's prompt format.
 
-    The ids are `<last part of the name>-<split>-<row>`. The other columns are the metadata, without
-    values that are None or that JSON cannot hold (images, dates).
+    The ids are `<last part of the name>-<split>-<row>`. The other columns become the metadata.
+    Values that are None or not JSON (images, dates) are dropped.
 
     Args:
         dataset_name: Name on the Hub, or a local folder.
-        split: As `datasets` takes it, `"train[:100]"` included.
-        column: Holds a string or a list of `{"role": ..., "content": ...}`.
+        split: A split of `datasets`, such as `"train"` or `"train[:100]"`.
+        column: Column with a string or a list of `{"role": ..., "content": ...}`.
         config: Name of the dataset's configuration.
         limit, chat: See `load_prompts`.
 
     Raises:
         PromptError: The extra `data` is not installed, the dataset cannot be loaded, the column is
-            missing, or a row is no prompt.
+            missing, or a row is not a valid prompt.
 
     Example:
         >>> prompts = hub_prompts("trl-lib/tldr", split="test", limit=64)  # doctest: +SKIP
@@ -157,12 +157,12 @@ def hub_prompts(
 
 
 def load_dataset(name: str, split: str, config: str | None) -> tuple[str, Any]:
-    """What messages call a dataset, and the dataset; a PromptError where it cannot be loaded."""
+    """Load a dataset; return its name in messages and the dataset, or raise a PromptError."""
     datasets = optional("datasets", PromptError)
     place = f"Dataset {name!r}, split {split!r}"
     try:
         return place, datasets.load_dataset(name, config, split=split)
-    except Exception as error:  # dozens of unrelated types, which all mean the same here
+    except Exception as error:  # `datasets` raises dozens of unrelated types
         reason = error.__cause__ or error
         raise PromptError(
             f"{place}, configuration {config!r}: expected a dataset that can be loaded, got "
@@ -171,12 +171,12 @@ def load_dataset(name: str, split: str, config: str | None) -> tuple[str, Any]:
 
 
 def as_prompts(prompts: str | Prompt | Iterable[str | Prompt]) -> list[Prompt]:
-    """Return prompts as a list, where texts stand for prompts and one stands for a list of one.
+    """Convert a prompt or a text, or an iterable of them, to a list of prompts.
 
-    A text becomes the one user message of a chat, and its own id.
+    A text becomes the single user message of a chat, and also the prompt's id.
 
     Raises:
-        PromptError: Something else is among them, or the name of a file is the only text.
+        PromptError: An item is neither a prompt nor a text, or the only text is a file name.
     """
     if isinstance(prompts, str) and (prompts == "builtin" or prompts.endswith((".jsonl", ".csv"))):
         raise PromptError(
@@ -201,19 +201,19 @@ def reasoning_gym_prompts(
     """Generate questions with the package reasoning-gym.
 
     The ids are `<task>-<seed>-<index>`. The metadata has the `kind` (the task), the
-    `reference_answer`, as `reasoning_gym` what the task says of the question, and as
-    `reasoning_gym_source` what the question can be made from again, for `ReasoningGymReward`; all
-    without what JSON cannot hold.
+    `reference_answer`, the task's own metadata (`reasoning_gym`), and the arguments to generate
+    the question again (`reasoning_gym_source`, for `ReasoningGymReward`). Values that are not JSON
+    are dropped.
 
     Args:
         task: Name of a reasoning-gym dataset, such as `"chain_sum"`.
-        seed: The prompts follow from it. A few tasks of the package draw from sets, and follow from
-            the environment variable PYTHONHASHSEED too (`rewards.puzzles.UNREPEATABLE_TASKS`).
+        seed: Determines the prompts. A few tasks iterate over sets and depend on the environment
+            variable PYTHONHASHSEED too (`rewards.puzzles.UNREPEATABLE_TASKS`).
         chat: See `load_prompts`.
-        **config: The task's own settings.
+        **config: Settings of the task.
 
     Raises:
-        PromptError: The extra `data` is not installed, the task is unknown, or it refuses the
+        PromptError: The extra `data` is not installed, the task is unknown, or it rejects the
             settings.
 
     Example:
@@ -228,7 +228,7 @@ def reasoning_gym_prompts(
             f"Expected a task of reasoning-gym, got {task!r}.{nearest(task, tasks)} See "
             "`reasoning_gym.factory.DATASETS` for all."
         )
-    # The tasks check their settings with assertions.
+    # Tasks check their settings with assertions.
     try:
         dataset = reasoning_gym.create_dataset(task, size=size, seed=seed, **config)
     except (AssertionError, TypeError, ValueError) as error:
@@ -262,7 +262,7 @@ def _rows(source: str | Path) -> tuple[str, list[_Row]]:
             "the file's ending, or load a dataset of the Hugging Face Hub with `hub_prompts`."
         )
     try:
-        # Spreadsheets begin their UTF-8 with a byte order mark.
+        # Spreadsheet programs write a byte order mark before UTF-8.
         text = path.read_bytes().decode("utf-8-sig")
     except OSError as error:
         raise PromptError(
@@ -280,7 +280,7 @@ def _rows(source: str | Path) -> tuple[str, list[_Row]]:
 
 @lru_cache(maxsize=1)
 def _builtin() -> str:
-    # The text is kept and not the prompts, whose metadata a caller could change for all others.
+    # Cache the text, not the prompts: a caller could change their metadata.
     return (resources.files("mbrl_text_env") / "data" / "prompts.jsonl").read_text("utf-8")
 
 
@@ -289,7 +289,7 @@ def _row(name: str, line: int) -> _Row:
 
 
 def _jsonl_rows(name: str, text: str) -> Iterator[_Row]:
-    # Not `splitlines`, which also breaks at separators that JSON strings may hold.
+    # Not `splitlines`: it also splits at separators that are valid inside JSON strings.
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             row = _row(name, number)
@@ -300,7 +300,7 @@ def _jsonl_rows(name: str, text: str) -> Iterator[_Row]:
 def _csv_rows(name: str, text: str) -> Iterator[_Row]:
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     header: list[str] = []
-    # A quoted field may go over several lines; a row is called by its first.
+    # A quoted field can span several lines; a row is named by its first line.
     first = 1
     try:
         for values in reader:
@@ -316,7 +316,7 @@ def _csv_rows(name: str, text: str) -> Iterator[_Row]:
                 raise row.error(expected, len(values), "Quote values that hold commas.")
             elif values:
                 cells = zip(header, values, strict=True)
-                # An empty cell is how a CSV file says that there is no id or split.
+                # An empty cell means that there is no id or split.
                 row.fields.update((k, v) for k, v in cells if v or k not in ("id", "split"))
                 yield row
     except csv.Error as error:
@@ -327,7 +327,7 @@ def _csv_rows(name: str, text: str) -> Iterator[_Row]:
 
 
 def _prompt(row: _Row, chat: bool) -> Prompt:
-    # Files that are written from tables give every row the keys of all, null where one is missing.
+    # Files written from tables have the same keys in every row, with null for missing values.
     fields = {key: value for key, value in row.fields.items() if value is not None}
     keys = [key for key in _CONTENT_KEYS if key in fields]
     if len(keys) != 1:
@@ -340,7 +340,7 @@ def _prompt(row: _Row, chat: bool) -> Prompt:
 
 
 def id_and_split(row: _Row, fields: dict[str, Any], default_id: str) -> tuple[str, Any]:
-    """Take a prompt's id and split out of a row's fields; a PromptError where they are none."""
+    """Remove and return the id and the split of a row; PromptError if one is invalid."""
     prompt_id, split = fields.pop("id", default_id), fields.pop("split", None)
     if isinstance(prompt_id, bool) or not isinstance(prompt_id, str | int) or prompt_id == "":
         raise row.error("a string or an integer as id", repr(prompt_id), CHANGE)
@@ -369,16 +369,16 @@ def _made(
 
 
 def _message(row: _Row, message: Any) -> Message:
-    # Rows of a dataset have all keys in every message, null where a message does not use them.
+    # Datasets have all keys in every message, with null for unused ones.
     given = {k: v for k, v in message.items() if v is not None} if isinstance(message, dict) else {}
     if set(given) != {"role", "content"} or not all(isinstance(v, str) for v in given.values()):
-        expected = "messages with a string `role` and a string `content` alone"
+        expected = "messages with only a string `role` and a string `content`"
         raise row.error(expected, repr(message), "Change it, or leave the row out.")
     return Message(**given)
 
 
 def check_filters(split: str | None, limit: int | None = None) -> None:
-    """Refuse an unknown split and a limit below 1."""
+    """Raise a PromptError for an unknown split or a limit below 1."""
     if split is not None and split not in _SPLITS:
         raise PromptError(f"split: expected one of {', '.join(_SPLITS)}, or None, got {split!r}.")
     if limit is not None and limit < 1:
@@ -386,7 +386,7 @@ def check_filters(split: str | None, limit: int | None = None) -> None:
 
 
 def _json_only(values: dict[str, Any]) -> dict[str, Any]:
-    """Those of the values that JSON can hold, as they come back from it."""
+    """The values that can be stored as JSON, after a round trip."""
     kept = {}
     for key, value in values.items():
         try:

@@ -1,4 +1,4 @@
-"""Chunks that a language model proposes, described by numbers: what the candidate view shows."""
+"""Propose chunks with a language model and describe them as features for `CandidateChunks`."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from mbrl_text_env.rewards.base import RewardError
 from mbrl_text_env.task import TextTask, added_text
 from mbrl_text_env.types import Chunk, Ledger, TextState, Usage, check_positive, timed
 
-# Mean log-probabilities below this one are shown as it: about one in five hundred million.
+# Lower bound of mean log-probabilities: about one in five hundred million.
 _LEAST_LOGPROB = -20.0
 Known = dict[TextState, float]
-"""Rewards of the prefixes that one environment has shown last."""
+"""Rewards of the prefixes in the last observation of one environment."""
 
 
 class FeatureParts(NamedTuple):
-    """Parts of feature vectors, of whatever kind of array they were cut from."""
+    """Parts of feature vectors, as arrays or tensors like the input."""
 
-    position: Any  # [B, 1], the share of the response's tokens that are written
-    # [B, K, 3] of each candidate: mean log-probability (nats), share of `chunk_tokens`, whether it
-    # ends the response
+    position: Any  # [B, 1], response length / max_response_tokens
+    # [B, K, 3], for each candidate: mean log-probability (nats), length / `chunk_tokens`, whether
+    # it ends the response
     scalars: Any
-    prefix_reward: Any  # [B, 1], or [B, 0] without rewards of prefixes
+    prefix_reward: Any  # [B, 1], or [B, 0] without `prefix_rewards`
     rewards: Any  # [B, K, 1], or [B, K, 0]
     prefix_embedding: Any  # [B, d]
     embeddings: Any  # [B, K, d], of the prefix with each candidate
@@ -42,7 +42,7 @@ class FeatureParts(NamedTuple):
 
 @dataclass(frozen=True)
 class FeatureLayout:
-    """Where in a feature vector of K candidates what is; `embedding_size` is 0 without embeddings.
+    """The layout of a feature vector of K candidates; `embedding_size` is 0 without embeddings.
 
     Example:
         >>> layout = FeatureLayout(num_candidates=2, embedding_size=3, prefix_rewards=True)
@@ -67,7 +67,7 @@ class FeatureLayout:
         return sum(map(math.prod, self._shapes))
 
     def split(self, rows: Any) -> FeatureParts:
-        """Views of the parts of [B, size], a NumPy array or a torch tensor."""
+        """Split a NumPy array or torch tensor [B, size] into views of its parts."""
         ends = itertools.accumulate(map(math.prod, self._shapes), initial=0)
         found = zip(itertools.pairwise(ends), self._shapes, strict=True)
         return FeatureParts(
@@ -76,7 +76,7 @@ class FeatureLayout:
 
 
 class ViewOptions(TypedDict, total=False):
-    """The keyword arguments of `CandidateProposer`, which the candidate views pass on to it."""
+    """The keyword arguments that `CandidateChunks` passes to `CandidateProposer`."""
 
     num_candidates: int
     chunk_tokens: int | None
@@ -86,20 +86,19 @@ class ViewOptions(TypedDict, total=False):
 
 
 class CandidateProposer:
-    """Proposes chunks and describes them.
+    """Proposes chunks and computes their features.
 
-    Features: the share of the response's tokens that are written and, for each candidate, its mean
-    log-probability, its share of `chunk_tokens`, and whether it ends the response. With
-    `prefix_rewards`, the rewards of the prefix and of the prefix with each candidate follow; with
-    an encoder, their embeddings.
+    The features are the response length (relative to its limit) and, for each candidate, the mean
+    log-probability, the length (relative to `chunk_tokens`) and whether it ends the response. Next
+    are the rewards (`prefix_rewards`) and embeddings (`encoder`) of the prefix with each candidate.
 
     Args:
         num_candidates: K, at least 1.
         chunk_tokens: Most tokens of a candidate; by default the environment's `max_chunk_tokens`.
         encoder: `"embedded"` for MiniLM, `"language_model"` for the model's own features, any
             object with `encode(texts)`, or None for no embeddings.
-        prefix_rewards: Whether the reward model scores the prefix with each candidate, as if the
-            response ended there. Every score is charged as a reward call.
+        prefix_rewards: Whether to score the prefix and the prefix with each candidate, as if the
+            response ended there. Each score is charged as a reward call.
 
     Raises:
         ValueError: K or `chunk_tokens` is out of range, or the model has no features.
@@ -132,7 +131,7 @@ class CandidateProposer:
     def propose(
         self, states: Sequence[TextState], seeds: Sequence[int], ledgers: Sequence[Ledger]
     ) -> list[list[Chunk]]:
-        """K chunks for each state in one call of the language model; none where it has ended."""
+        """Sample K chunks per state in one language-model call; none for ended states."""
         going = [i for i, state in enumerate(states) if not is_terminal(state)]
         if not going:
             return [[] for _ in states]
@@ -150,7 +149,7 @@ class CandidateProposer:
     def texts(
         self, states: Sequence[TextState], proposals: Sequence[list[Chunk]]
     ) -> list[list[str]]:
-        """The K texts that the candidates would add; empty ones where there are none."""
+        """The K texts that the candidates add; empty texts for states without candidates."""
         decode = self.task.tokenizer.decode
         return [
             [
@@ -169,14 +168,13 @@ class CandidateProposer:
         known: Sequence[Known] | None = None,
         failures: list[RewardError | None] | None = None,
     ) -> npt.NDArray[np.float32]:
-        """Describe B states and their candidates: float32[B, layout.size].
+        """Features of B states and their candidates, float32[B, layout.size].
 
-        An ended state has zeros for candidates and all rewards. Embeddings count as FLOPs of a
-        value model, or as calls of the language model where that embeds. `known` are the rewards of
-        the call before, one mapping a state, which are not asked for again; those of this call take
-        their place. With `failures`, one a state, a prefix that cannot be scored costs its own
-        state alone: its error is put there, and its rewards are zeros; without, it is a
-        `RewardError`.
+        An ended state has zeros for candidates and rewards. Embeddings are charged as value FLOPs,
+        or as language-model calls if the language model computes them. `known` (one mapping per
+        state) caches the rewards of the previous call, and is replaced by those of this call. With
+        `failures` (one per state), a prefix that cannot be scored affects only its own state: its
+        error is stored there, and its rewards are zeros. Without, a `RewardError` is raised.
         """
         rows = np.zeros((len(states), self.layout.size), dtype=np.float32)
         parts = self.layout.split(rows)
@@ -201,7 +199,7 @@ class CandidateProposer:
     def children(
         self, states: Sequence[TextState], proposals: Sequence[list[Chunk]]
     ) -> list[list[TextState]]:
-        """The state behind each candidate."""
+        """The next state for each candidate."""
         most, tokenizer = self.task.max_response_tokens, self.task.tokenizer
         return [
             [transition(state, chunk, response_limit(state, tokenizer, most)) for chunk in chunks]
@@ -209,7 +207,7 @@ class CandidateProposer:
         ]
 
     def features_bound(self, state: TextState) -> Usage:
-        """The most that describing a state and its candidates is charged."""
+        """An upper bound on the cost of the features of a state and its candidates."""
         count = 1 + self.num_candidates
         usage = Usage()
         if self.layout.prefix_rewards:
@@ -230,7 +228,7 @@ class CandidateProposer:
         known: Sequence[Known],
         failures: list[RewardError | None] | None,
     ) -> None:
-        """Fill in the rewards of prefixes, all that are new in one call."""
+        """Fill in the rewards of prefixes, scoring all new ones in one call."""
         shown = [[s, *behind] if behind else [] for s, behind in zip(states, children, strict=True)]
         all_shown = ((i, state) for i, row in enumerate(shown) for state in dict.fromkeys(row))
         new = [(i, state) for i, state in all_shown if state not in known[i]]

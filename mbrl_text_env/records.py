@@ -1,7 +1,7 @@
 """Scored responses as token-level records, kept in folders of Parquet shards.
 
-A shard is written under a temporary name and then renamed, so a folder never shows half of one. The
-columns load with `datasets.load_dataset("parquet", ...)`, pandas or anything else.
+A shard is written under a temporary name and then renamed, so a folder never has an incomplete
+shard. `datasets.load_dataset("parquet", ...)`, pandas and other Parquet readers can load them.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from mbrl_text_env.types import FinishReason, Message, Prompt, Split, TextState
 
 _VERSION_KEY = b"mbrl_text_env.records_version"
 _VERSION = b"2"
-# What the rows of a shard depend on, apart from their prompts: JSON.
+# JSON: the settings that the rows of a shard depend on, apart from their prompts.
 _RUN_KEY = b"mbrl_text_env.run"
-# Parquet maps are not understood by every reader; a list of name and value is.
+# Not all readers support Parquet maps; all support a list of name and value.
 _AMOUNTS = pa.list_(pa.struct([("name", pa.string()), ("value", pa.float64())]))
 SCHEMA = pa.schema(
     [
         ("prompt_id", pa.string()),
         ("prompt_text", pa.string()),
-        ("messages", pa.string()),  # JSON; null where the prompt is plain text
+        ("messages", pa.string()),  # JSON; null if the prompt is plain text
         ("metadata", pa.string()),  # JSON
         ("split", pa.string()),
         ("prompt_ids", pa.list_(pa.int64())),
@@ -54,7 +54,7 @@ SCHEMA = pa.schema(
         ("language_model", pa.string()),
         ("seed", pa.int64()),
         ("usage", _AMOUNTS),
-        ("sample", pa.int64()),  # null where it is not one of several samples
+        ("sample", pa.int64()),  # null if there is only one sample
     ],
     metadata={_VERSION_KEY: _VERSION},
 )
@@ -62,28 +62,28 @@ _SHARD_NAME = re.compile(r"shard-(\d{5,})\.parquet")
 
 
 class RecordsError(ValueError):
-    """Records that cannot be read or written as asked."""
+    """Records that cannot be read or written."""
 
 
 @dataclass(frozen=True)
 class Record:
-    """A response with its tokens, its scores and its cost.
+    """A response with its tokens, scores and cost.
 
     Args:
-        prompt_text: The prompt as a person reads it (`Prompt.text`).
+        prompt_text: The prompt as plain text (`Prompt.text`).
         prompt_ids, response_ids, finish_reason, chunk_ends: See `TextState`.
         logprobs: float[T], log-probability (nats) of each response token under the language model;
-            empty where it is not known.
-        rewards: The score's parts by name, without the total, `score`.
-        score: None where nothing has scored it; then `rewards` and `reward_name` are empty.
-        agent, language_model, seed: What wrote the response.
-        usage: What the response cost (`Usage.as_dict()`).
-        messages: The prompt's chat messages; None where the prompt is plain text, `prompt_text`.
-        sample: Which of the samples to the prompt it is, from 0; None where there is one alone.
+            empty if unknown.
+        rewards: Parts of the score by name, without the total (`score`).
+        score: None if the response is not scored; then `rewards` and `reward_name` are empty.
+        agent, language_model, seed: The source of the response.
+        usage: The cost of the response (`Usage.as_dict()`).
+        messages: The prompt's chat messages; None if the prompt is plain text (`prompt_text`).
+        sample: Index of the sample for this prompt, from 0; None if there is only one.
 
     Raises:
-        RecordsError: A score is not finite, `rewards` has a part `"total"`, or there are
-            log-probabilities for some of the tokens only.
+        RecordsError: A score is not finite, `rewards` has a part `"total"`, or only some of the
+            tokens have log-probabilities.
 
     Example:
         >>> record = Record.from_state(
@@ -151,10 +151,10 @@ class Record:
         usage: Mapping[str, float] | None = None,
         **others: Any,
     ) -> Record:
-        """Make the record of a scored state.
+        """Make a record from a scored state.
 
-        `others` are the class's arguments that do not follow from the state: `response`, `score`,
-        `reward_name`, `agent`, `language_model`, `seed` and, if it is one of several, `sample`.
+        `others` are the arguments that the state does not contain: `response`, `score`,
+        `reward_name`, `agent`, `language_model`, `seed` and, if there are several, `sample`.
         """
         prompt = state.prompt
         return cls(
@@ -174,16 +174,16 @@ class Record:
         )
 
     def prompt(self) -> Prompt:
-        """The prompt, rebuilt."""
+        """Rebuild the prompt."""
         content = self.prompt_text if self.messages is None else self.messages
         return Prompt(self.prompt_id, content, self.metadata, self.split)
 
     def state(self) -> TextState:
-        """The state at the end of the response, rebuilt."""
+        """Rebuild the state at the end of the response."""
         return self.prefix_state(len(self.response_ids))
 
     def prefix_state(self, length: int) -> TextState:
-        """The state after the first `length` tokens; it has ended only if the response had."""
+        """The state after `length` tokens; only the full length keeps the finish reason."""
         if not 0 <= length <= len(self.response_ids):
             raise self._error(f"a prefix of 0 to {len(self.response_ids)} tokens, got {length}.")
         return TextState(
@@ -197,20 +197,20 @@ class Record:
 
 
 class RecordWriter:
-    """Appends records to a folder; used as a context manager.
+    """Appends records to a folder; use it as a context manager.
 
-    A full shard is written at once, the rest by `flush()` and at the end of the block, also when
-    the block ends with an error. A writer that is killed loses no more than the records that were
-    not flushed. A folder has one writer at a time. All methods raise RecordsError where the writer
+    A full shard is written immediately. Other records are written by `flush()` and at the end of
+    the block, even after an error. If the process is killed, only records that were not flushed are
+    lost. A folder can have only one writer at a time. All methods raise RecordsError if the writer
     is not open or a shard cannot be written.
 
     Args:
-        folder: Made if it is not there, appended to if it is.
-        shard_rows: Records in a full shard.
+        folder: Created if it does not exist; otherwise records are appended.
+        shard_rows: Number of records in a full shard.
 
     Raises:
-        RecordsError: `shard_rows` is below 1. On entering: the folder cannot be written, another
-            writer has it, or it holds shards that are damaged or of an unknown version.
+        RecordsError: `shard_rows` is below 1. On entering: the folder is not writable, has another
+            writer, or contains shards that are damaged or have an unknown version.
 
     Example:
         >>> with RecordWriter("records") as writer:  # doctest: +SKIP
@@ -253,15 +253,15 @@ class RecordWriter:
                 lock.release()
 
     def append(self, record: Record) -> None:
-        """See `extend`."""
+        """Add one record; see `extend`."""
         self.extend([record])
 
     def extend(self, records: Iterable[Record]) -> None:
-        """Add records; each is on the disk after the next `flush()` or when its shard is full.
+        """Add records; they are written by the next `flush()` or when the shard is full.
 
         Raises:
-            RecordsError: One has integers beyond 64 bits, invalid Unicode, or metadata that is not
-                JSON.
+            RecordsError: A record has integers beyond 64 bits, invalid Unicode, or metadata that is
+                not JSON.
         """
         self._check_open()
         for record in records:
@@ -270,16 +270,16 @@ class RecordWriter:
                 self.flush()
 
     def append_together(self, records: Iterable[Record]) -> None:
-        """Write records at once: a kill leaves all of them or none; see `extend`."""
+        """Write records as a unit, so that a kill leaves all or none of them; see `extend`."""
         self._check_open()
         self._pending += [as_batch(record) for record in records]
         self.flush()
 
     def go_on(self, run: Mapping[str, Any]) -> None:
-        """Write records of this run from now on; RecordsError where the folder holds others.
+        """Continue a run; RecordsError if the folder has records of another run.
 
-        `run` is whatever the records depend on, apart from their prompts: JSON values, kept in each
-        shard.
+        `run` contains the settings (JSON values) that the records depend on, apart from their
+        prompts. It is stored in each shard.
         """
         self._check_open()
         for shard in _shards_of(self.folder):
@@ -293,7 +293,7 @@ class RecordWriter:
         self._run = json.dumps(run).encode()
 
     def flush(self) -> None:
-        """Write what was added since the last shard; what cannot be written is kept."""
+        """Write the pending records as a shard; if that fails, they stay pending."""
         self._check_open()
         if not self._pending:
             return
@@ -312,7 +312,7 @@ class RecordWriter:
         self._pending.clear()
 
     def existing(self) -> list[Record]:
-        """The records that are on the disk, as `read_records`; none in a new folder."""
+        """The records already written; empty for a new folder."""
         return read_records(self.folder) if _shards_of(self.folder) else []
 
     def _check_open(self) -> None:
@@ -324,16 +324,16 @@ class RecordWriter:
 
 
 def read_records(folder: str | Path) -> list[Record]:
-    """Read all records of a folder, in the order in which they were written.
+    """Read all records of a folder in the order of writing.
 
     Raises:
-        RecordsError: There are no shards, or one is damaged or of an unknown version.
+        RecordsError: There are no shards, or a shard is damaged or has an unknown version.
     """
     return list(_iter_records(folder))
 
 
 def _iter_records(folder: str | Path) -> Iterator[Record]:
-    """`read_records`, one shard at a time."""
+    """Like `read_records`, one shard at a time."""
     shards = _shards_of(folder)
     if not shards:
         raise RecordsError(
@@ -347,7 +347,7 @@ def _iter_records(folder: str | Path) -> Iterator[Record]:
 
 
 def scores_of(records: Iterable[Record]) -> list[float]:
-    """The scores; RecordsError where a record has none."""
+    """The scores of records; RecordsError if a record has none."""
     scores = []
     for record in records:
         if record.score is None:
@@ -357,7 +357,7 @@ def scores_of(records: Iterable[Record]) -> list[float]:
 
 
 def has_records(folder: str | Path, expected: int = 1) -> bool:
-    """Whether a folder holds at least `expected` records; see `read_records` for errors."""
+    """Whether a folder has at least `expected` records; see `read_records` for errors."""
     count = 0
     for shard in _shards_of(folder):
         with _opened(shard) as file:
@@ -368,14 +368,14 @@ def has_records(folder: str | Path, expected: int = 1) -> bool:
 def rescore(
     source: str | Path, reward_model: RewardLike, target: str | Path, *, batch_size: int = 64
 ) -> None:
-    """Score the responses of a folder with another reward model, into a new folder.
+    """Score the responses of a folder with another reward model and write them to a new folder.
 
-    The new records differ from the old in `score`, `rewards` and `reward_name` alone. The new
-    folder appears when all of it is written, or not at all.
+    Only `score`, `rewards` and `reward_name` of the records change. The new folder appears only
+    when it is complete.
 
     Raises:
-        RecordsError: The target is the source, holds something, or cannot be written; the source
-            cannot be read; or `batch_size`, the responses scored together, is below 1.
+        RecordsError: The target is the source, is not empty or not writable; the source cannot be
+            read; or `batch_size`, the number of responses scored together, is below 1.
         RewardError: The reward model failed.
 
     Example:
@@ -403,7 +403,7 @@ def rescore(
 
 
 def run_of(folder: str | Path) -> dict[str, Any] | None:
-    """What the records of a folder depend on (`RecordWriter.go_on`); None where it is not known."""
+    """The run settings of the records (see `RecordWriter.go_on`); None if unknown or mixed."""
     found = [_run_of_shard(shard) for shard in _shards_of(folder)]
     return found[0] if found and all(run == found[0] for run in found) else None
 
@@ -422,8 +422,8 @@ def _check_target(source: Path, target: Path) -> None:
 
 
 def as_batch(record: Record) -> pa.RecordBatch:
-    """A table of one record; RecordsError where it cannot be written."""
-    # Converted when it is added, so that an unfit record fails by itself and not with its shard.
+    """A batch of one record; RecordsError if it cannot be written."""
+    # Converted when added, so that an invalid record does not make the whole shard fail.
     try:
         return pa.RecordBatch.from_pylist([to_row(record)], schema=SCHEMA)
     except (TypeError, ValueError, OverflowError, pa.ArrowException) as error:
@@ -434,7 +434,7 @@ def as_batch(record: Record) -> pa.RecordBatch:
 
 
 def to_row(record: Record) -> dict[str, Any]:
-    """The columns of `SCHEMA`, as values of JSON."""
+    """The columns of `SCHEMA` as JSON values."""
     row = {name: getattr(record, name) for name in SCHEMA.names}
     if record.messages is not None:
         row["messages"] = [vars(message) for message in record.messages]
@@ -447,7 +447,7 @@ def to_row(record: Record) -> dict[str, Any]:
 
 
 def from_row(row: dict[str, Any]) -> Record:
-    """The record that `to_row` made the columns of."""
+    """The inverse of `to_row`."""
     if row["messages"] is not None:
         row["messages"] = tuple(Message(**message) for message in json.loads(row["messages"]))
     row["metadata"] = json.loads(row["metadata"])
@@ -459,14 +459,14 @@ def from_row(row: dict[str, Any]) -> Record:
 
 
 def _run_of_shard(shard: Path) -> dict[str, Any] | None:
-    """What the records of a shard depend on; None in shards that do not say it."""
+    """The run settings of a shard; None if it has none."""
     with _opened(shard) as file:
         run = (file.schema_arrow.metadata or {}).get(_RUN_KEY)
     return None if run is None else dict(json.loads(run))
 
 
 def _shards_of(folder: str | Path) -> list[Path]:
-    """The shards of a folder in the order of writing; none where there is no folder."""
+    """The shards of a folder in the order of writing; empty if there is no folder."""
     try:
         found = [path for path in Path(folder).iterdir() if _SHARD_NAME.fullmatch(path.name)]
     except (FileNotFoundError, NotADirectoryError):
@@ -485,7 +485,7 @@ def _number_of(shard: Path) -> int:
 
 @contextmanager
 def _opened(shard: Path) -> Iterator[pq.ParquetFile]:
-    """A shard whose version and columns are known."""
+    """Open a shard and check its version and columns."""
     try:
         with pq.ParquetFile(shard, page_checksum_verification=True) as file:
             schema = file.schema_arrow

@@ -1,13 +1,13 @@
-"""Folders of results: what their rows depend on, who works in them, and going on from a kill.
+"""Result folders: record the settings of a run, lock the folder, and resume after a kill.
 
-A run writes down, by digest, whatever its rows depend on. A later run goes on in the same folder if
-it depends on the same; otherwise it is refused with what differs.
+A run saves digests of all settings that its rows depend on. A later run continues in the same
+folder if its settings are equal; otherwise it is rejected with a list of the differences.
 
-`identity` is what is kept of a model, reward or value. A class says it itself with a method
-`identity() -> JSON values`. Without one, it is the class with the file that defines it, its name,
-the constructor's arguments that are kept as attributes of the same name, and what was fitted
-(attributes whose names end in one underscore), as in scikit-learn. Arrays, tensors and folders of
-models count by their content, functions by the file that defines them.
+`identity` identifies a model, reward or value. A class can define it with a method
+`identity() -> JSON values`. By default it consists of the class and the file that defines it, its
+name, the constructor's arguments that are attributes of the same name, and the fitted attributes
+(with a trailing underscore), as in scikit-learn. Arrays, tensors and folders of models are
+identified by their content, functions by the file that defines them.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ _LOCK_SECONDS = 1.0
 _SHOWN = 4
 _CHECKPOINTS_OF = "run.json"
 _OWN = "mbrl_text_env"
-# They say how fast something is computed, not what.
+# Arguments that change the speed, not the results.
 _SPEED = frozenset({"batch_size", "batch_tokens", "device", "workers"})
-# A string that names a folder with one of these is a model's.
+# A folder with one of these files is a model folder.
 _MODEL_FILES = (
     "config.json", "reward.json", "value.json", "policy.json", "adapter_config.json", "modules.json"
 )  # fmt: skip
@@ -52,18 +52,18 @@ _MOST_NESTED = 12
 Job = TypeVar("Job")
 T = TypeVar("T")
 Each: TypeAlias = Callable[[Callable[[Any], Any], Sequence[Any]], Iterable[tuple[int, Any]]]
-"""Does a piece of work for each of several jobs, and gives the place and the result of each as it
-is done: `in_turn`, or `workers.RayWorkers`, to which work and jobs are pickled."""
+"""A function that applies work to jobs and yields the index and result of each when it is done:
+`in_turn`, or `workers.RayWorkers`, which pickles work and jobs."""
 
 
 def in_turn(work: Callable[[Job], T], jobs: Sequence[Job]) -> Iterator[tuple[int, T]]:
-    """Do one job after the other in this process."""
+    """Do the jobs one by one in this process."""
     for place, job in enumerate(jobs):
         yield place, work(job)
 
 
 def in_order(results: Iterable[tuple[int, T]]) -> Iterator[T]:
-    """The results of jobs in the order of the jobs; one that is early is held."""
+    """Yield results in the order of the jobs; early results are held back."""
     held: dict[int, T] = {}
     following = 0
     for place, result in results:
@@ -82,12 +82,12 @@ def claimed(
     *,
     grows: Sequence[str] = (),
 ) -> Iterator[None]:
-    """Be the only process that works in a run's folder, and make sure that it is of this run.
+    """Lock the folder of a run for this process, and check that it belongs to this run.
 
-    A kill at any moment leaves a folder that the same call goes on with. `record` is whatever the
-    run's results depend on (see `identity`), `noun` what the messages call the run; other files,
-    another run, another process and a disk that cannot be written raise `error`. To the objects in
-    `record` that `grows` names, such as prompts, this run may add entries.
+    After a kill at any moment, the same call can continue. `record` contains the settings that the
+    results depend on (see `identity`), and `noun` is the run's name in messages. Other files,
+    another run, another process or an unwritable disk raise `error`. The run can add entries to the
+    objects in `record` that `grows` lists, such as prompts.
     """
     path = Path(folder)
     with writing(path, error):
@@ -106,7 +106,7 @@ def claimed(
 
 
 def locked(folder: Path, busy: str, error: type[Exception]) -> FileLock:
-    """The lock of a folder, taken; an `error` that says `busy` where another process has it."""
+    """Acquire the lock of a folder; `error` with the text `busy` if another process has it."""
     lock = FileLock(folder / ".lock", timeout=_LOCK_SECONDS)
     try:
         lock.acquire()
@@ -122,7 +122,7 @@ def claim_file(
     error: type[Exception],
     grows: Sequence[str] = (),
 ) -> None:
-    """Write what a run depends on, or make sure that it is there already; see `claimed`."""
+    """Write the settings of a run, or check that the file has the same ones; see `claimed`."""
     wanted = json.loads(json.dumps(record))
     if not path.exists():
         write_text(path, json.dumps(wanted, indent=2))
@@ -141,7 +141,7 @@ def claim_file(
 
 @contextmanager
 def writing(folder: str | Path, error: type[Exception]) -> Iterator[None]:
-    """Turn an `OSError` of the block into one line that says that the folder cannot be written."""
+    """Convert an `OSError` in the block to an `error` that the folder cannot be written."""
     try:
         yield
     except (OSError, SafetensorError) as reason:
@@ -160,7 +160,7 @@ def refuse_others(
     noun: str,
     error: type[Exception],
 ) -> None:
-    """Refuse to go on with results in folder `where` that depend on something else (`found`)."""
+    """Raise `error` if the results in folder `where` have other settings (`found`)."""
     differing = [*_differences(found, json.loads(json.dumps(record)))]
     if differing:
         more = f", and {len(differing) - _SHOWN} more" if len(differing) > _SHOWN else ""
@@ -171,7 +171,7 @@ def refuse_others(
 
 
 def _differences(found: Any, record: Any, name: str = "") -> Iterator[str]:
-    """What differs between two trees of JSON values, each as "lm.name: a there, b here"."""
+    """The differences between two JSON trees, each as "lm.name: a there, b here"."""
     if isinstance(found, dict) and isinstance(record, dict):
         for key in sorted({*found, *record}):
             inner = f"{name}.{key}" if name else str(key)
@@ -182,7 +182,7 @@ def _differences(found: Any, record: Any, name: str = "") -> Iterator[str]:
 
 
 def prompt_digest(prompt: Prompt) -> str:
-    """Tells a prompt's content, metadata and split from others; its id is not part of it."""
+    """A digest of a prompt's content, metadata and split, without its id."""
     content: Any = prompt.content
     if not isinstance(content, str):
         content = [[message.role, message.content] for message in content]
@@ -196,7 +196,7 @@ def prompt_digests(prompts: Sequence[Prompt]) -> dict[str, str]:
 
 
 def digest(*parts: bytes) -> str:
-    """16 hexadecimal digits that tell contents apart."""
+    """A digest of contents, 16 hexadecimal digits."""
     sums = hashlib.blake2b(digest_size=8)
     for part in parts:
         sums.update(hashlib.blake2b(part).digest())
@@ -204,7 +204,7 @@ def digest(*parts: bytes) -> str:
 
 
 def read_config(path: Path, error: type[Exception]) -> dict[str, Any]:
-    """Read an object of JSON; a damaged one is an `error`."""
+    """Read a JSON object; raise `error` if the file is damaged."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(values, dict):
@@ -220,10 +220,10 @@ def read_config(path: Path, error: type[Exception]) -> dict[str, Any]:
 def claim_checkpoints(
     checkpoints: Path, record: Mapping[str, Any], error: type[Exception]
 ) -> str | None:
-    """Make the folder of checkpoints, or find in it the last whole one of the same run, or None.
+    """Create the checkpoint folder; return the last complete checkpoint of the same run, or None.
 
-    Checkpoints that were cut off are removed. A folder of another run, by its `record` of JSON
-    values, or of something else is an `error`.
+    Incomplete checkpoints are removed. A folder of another run (with another `record` of JSON
+    values) or with other files raises `error`.
     """
     checkpoints.mkdir(parents=True, exist_ok=True)
     remove_scratch(checkpoints)
@@ -239,7 +239,7 @@ def claim_checkpoints(
     found = sorted(checkpoints.glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
     whole = None
     for path in found:
-        # Trainers write their state last: a checkpoint without it was cut off.
+        # Trainers write their state last: a checkpoint without it is incomplete.
         try:
             json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
             whole = str(path)
@@ -250,7 +250,7 @@ def claim_checkpoints(
 
 @contextmanager
 def own_randomness(seed: int) -> Iterator[None]:
-    """Seed the global generators, as trainers do, and put their states back."""
+    """Seed the global generators, as trainers do, and restore their states afterwards."""
     import torch
 
     python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
@@ -264,7 +264,7 @@ def own_randomness(seed: int) -> Iterator[None]:
 
 
 def identity(part: Any) -> Any:
-    """What tells a part of a run (a model, a reward) from others; JSON values. See the module.
+    """JSON values that identify a part of a run, such as a model or reward; see the module.
 
     Example:
         >>> from mbrl_text_env.rewards import SentimentReward
@@ -275,7 +275,7 @@ def identity(part: Any) -> Any:
 
 
 def folder_digest(folder: str | Path) -> str:
-    """Tells the content of a folder, or a file, from others; hidden files are left out."""
+    """A digest of the content of a folder or file, without hidden files."""
     root = Path(folder)
     paths = [root] if root.is_file() else sorted(filter(Path.is_file, root.rglob("*")))
     lines = []
@@ -289,7 +289,7 @@ def folder_digest(folder: str | Path) -> str:
 
 
 def weights_digest(model: Any) -> str:
-    """Tells the weights of a torch module from others; all of them count."""
+    """A digest of all weights of a torch module."""
     named = {id(tensor): (name, tensor) for name, tensor in model.state_dict().items()}
     with ThreadPoolExecutor() as pool:
         return digest(*pool.map(_tensor_line, named.values()))

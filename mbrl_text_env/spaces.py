@@ -1,8 +1,8 @@
 """Gymnasium spaces for chunks of tokens and for Unicode text.
 
-Both work with Gymnasium's functions for spaces, and with Minari's where it is installed. A chunk is
-flattened to int64[C], padded with `vocab_size`; a text to int32[at most 65,536], code points padded
-with 1,114,112, which is no character. Shared memory holds the same.
+Both support Gymnasium's space utilities, and Minari's if Minari is installed. A chunk is flattened
+to int64[C], padded with `vocab_size`. A text is flattened to int32[at most 65,536] code points,
+padded with 1,114,112, which is not a character. Shared memory uses the same layout.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ class _Flat:
 
 
 class ChunkSpace(_Flat, gym.Space[npt.NDArray[np.int64]]):
-    """Chunks of 1 to C token ids in which a stop token may only be the last.
+    """Chunks of 1 to C token ids, with a stop token only in the last position.
 
-    Elements are int64[n]; lists and tuples of ints are accepted by `contains`. `sample` draws the
-    length uniformly from 1 to C, then ordinary tokens uniformly, and lets the last be any token.
+    Elements are int64[n]; `contains` also accepts lists and tuples of ints. `sample` draws the
+    length uniformly from 1 to C, the last token from all tokens, and the others from non-stop ones.
 
     Raises:
         ValueError: C or the vocabulary size is below 1.
@@ -68,22 +68,22 @@ class ChunkSpace(_Flat, gym.Space[npt.NDArray[np.int64]]):
         super().__init__(None, np.int64, seed)
 
     def numbers(self, x: Any) -> npt.NDArray[Any]:
-        """A chunk as an array that is as long as it is."""
+        """A chunk as an array, int64[n], without padding."""
         return np.asarray(x, dtype=np.int64)
 
     def element(self, numbers: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
-        """The chunk that `numbers` gave."""
+        """The inverse of `numbers`."""
         return numbers.copy()
 
     def sample(self, mask: None = None, probability: None = None) -> npt.NDArray[np.int64]:
-        """Draw a chunk, int64[n]. Masks are refused by a ValueError."""
+        """Sample a chunk, int64[n]. A mask raises a ValueError."""
         self._refuse_masks(mask, probability)
         rules = self.rules
         length = int(self.np_random.integers(1, rules.max_chunk_tokens + 1))
         ordinary = rules.vocab_size - len(rules.stop_token_ids)
         head = self.np_random.integers(ordinary, size=length - 1) if ordinary else np.empty(0, int)
         for stop in sorted(rules.stop_token_ids):
-            head += head >= stop  # the ordinary ids are those that are left when stops are skipped
+            head += head >= stop  # skip the stop ids
         return np.append(head, self.np_random.integers(rules.vocab_size)).astype(np.int64)
 
     def contains(self, x: Any) -> bool:
@@ -92,11 +92,11 @@ class ChunkSpace(_Flat, gym.Space[npt.NDArray[np.int64]]):
         return ids is not None and self.rules.fault(ids) is None
 
     def to_jsonable(self, sample_n: Iterable[npt.NDArray[np.int64]]) -> list[list[int]]:
-        """As lists of ints."""
+        """Convert chunks to lists of ints."""
         return [np.asarray(chunk).tolist() for chunk in sample_n]
 
     def from_jsonable(self, sample_n: list[Any]) -> list[npt.NDArray[np.int64]]:
-        """Chunks from lists of ints."""
+        """Convert lists of ints to chunks."""
         return [self.numbers(chunk) for chunk in sample_n]
 
     def __eq__(self, other: object) -> bool:
@@ -109,9 +109,9 @@ class ChunkSpace(_Flat, gym.Space[npt.NDArray[np.int64]]):
 
 
 class UnicodeText(_Flat, spaces.Text):
-    """Strings of at most `max_length` Unicode characters, the empty string included.
+    """Strings of 0 to `max_length` Unicode characters.
 
-    `gymnasium.spaces.Text` knows only a fixed set of characters and by default no empty string.
+    `gymnasium.spaces.Text` has a fixed character set and excludes the empty string by default.
     """
 
     # Letters, digits and white space of several scripts; sampling need not reach all of Unicode.
@@ -127,7 +127,7 @@ class UnicodeText(_Flat, spaces.Text):
         super().__init__(max_length, min_length=0, charset=self._CHARACTERS, seed=seed)
 
     def numbers(self, x: str) -> npt.NDArray[Any]:
-        """The code points of a text; a ValueError where there are more than `flat_length`."""
+        """The code points of a text; ValueError if there are more than `flat_length`."""
         if len(x) > self.flat_length:
             raise ValueError(
                 f"Expected a text of at most {self.flat_length} characters, got {len(x)}: "
@@ -137,11 +137,11 @@ class UnicodeText(_Flat, spaces.Text):
         return np.fromiter(map(ord, x), np.int32, len(x))
 
     def element(self, numbers: npt.NDArray[Any]) -> str:
-        """The text that `numbers` gave."""
+        """The inverse of `numbers`."""
         return "".join(map(chr, numbers.tolist()))
 
     def sample(self, mask: Any = None, probability: Any = None) -> str:
-        """Draw a string of at most 32 characters. Masks are refused by a ValueError."""
+        """Sample a string of at most 32 characters. A mask raises a ValueError."""
         self._refuse_masks(mask, probability)
         length = int(self.np_random.integers(0, min(self.max_length, 32) + 1))
         return "".join(self.np_random.choice(list(self._CHARACTERS), length))
@@ -158,11 +158,11 @@ class UnicodeText(_Flat, spaces.Text):
 
 
 def padded_chunk_space(rules: ChunkRules) -> spaces.MultiDiscrete:
-    """Chunks as arrays of a fixed length, int64[C], for libraries without spaces of their own.
+    """Chunks as arrays of a fixed length, int64[C], for libraries without custom spaces.
 
     A chunk ends before the first `vocab_size`, which is the padding, and after the first stop
-    token; what follows is not looked at. The first id cannot be padding. So each element of the
-    space is a chunk, and `gymnasium.spaces.flatten(ChunkSpace(rules), chunk)` is its padded form.
+    token; later ids are ignored. The first id cannot be padding, so each element of the space is a
+    chunk. `gymnasium.spaces.flatten(ChunkSpace(rules), chunk)` is the padded form of a chunk.
     """
     sizes = np.full(rules.max_chunk_tokens, rules.vocab_size + 1)
     sizes[0] = rules.vocab_size
@@ -192,9 +192,9 @@ def _create_shared(space: _Space, n: int = 1, ctx: Any = mp) -> Any:
 
 
 class _SharedElements(Sequence[Any]):
-    """Elements in shared memory as they are now; a copy of it is a tuple that stays.
+    """A live view of elements in shared memory; a deep copy is a fixed tuple.
 
-    Gymnasium reads shared memory once, and from then on copies what it got.
+    Gymnasium reads shared memory once and copies the result after each step.
     """
 
     def __init__(self, space: _Space, shared: Any, n: int = 1) -> None:

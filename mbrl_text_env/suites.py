@@ -1,4 +1,4 @@
-"""Suites of prompts whose answers a program checks: each with its reward and reference answers."""
+"""Prompt suites with verifiable answers: prompts, reward and reference answers."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ REASONING_TASKS: dict[str, dict[str, Any]] = {
     "products": {"max_digits": 2},
     "word_sequence_reversal": {"max_words": 6},
 }
-"""The tasks of `suite:reasoning` with their settings. Those that one answer to all questions solves
-as often as a model does (letter_counting, binary_alternation, count_primes, count_bits,
+"""The tasks of `suite:reasoning` with their settings. Tasks on which a constant answer is right
+as often as a model (letter_counting, binary_alternation, count_primes, count_bits,
 isomorphic_strings) are left out."""
 
 _REASONING_SEED = 20_000
 _CANDIDATES = 240
-# Questions a task: every second one is a test question.
+# Questions per task; every second one is a test question.
 _QUESTIONS, _VALIDATION = 80, 12
-# No answer is that of more than a fifth: 1 would be of 60% in gcd.
+# At most a fifth of the questions have the same answer; without this, 1 is right in 60% of gcd.
 _SAME_ANSWER = _QUESTIONS // 5
 _ANSWER_WITH_SQL = "Answer with one SQLite query in a ```sql block, and nothing else."
 
 
 class Suite(NamedTuple):
-    """The name of a suite's reward, its prompts, or those of one kind, and its usual examples."""
+    """A suite: name of its reward, loader of its prompts (by kind) and default `shots`."""
 
     reward: str
     load: Callable[[str | None], list[Prompt]]
@@ -55,21 +55,21 @@ def load_suite(
 ) -> list[Prompt]:
     """Load the prompts of a suite: `"constraints"`, `"reasoning"`, `"code"` or `"sql"`.
 
-    Those of all but `"constraints"` have a `metadata["reference_answer"]`, to which the suite's
-    reward (`SUITES[name].reward`) gives 1. The same prompts come every time, and no question is in
-    two splits. In `"reasoning"`, each of ten tasks has 40 test questions.
+    Except in `"constraints"`, prompts have a `metadata["reference_answer"]`, which gets 1 from the
+    suite's reward (`SUITES[name].reward`). The prompts are the same in every call, and no question
+    is in two splits. In `"reasoning"`, each of ten tasks has 40 test questions.
 
     Args:
         split: Keep only `"train"`, `"validation"` or `"test"`.
-        kind: Keep only prompts whose `metadata["kind"]` is this: a task of `"reasoning"`, a
-            database of `"sql"`.
-        shots: Examples with answers before each question, as turns of the chat: the first so many
-            train prompts of the question's kind, which are left out themselves. All prompts of a
-            kind begin with the same examples, so that a prefix cache keeps them once. By default 4
-            in `"reasoning"`, else 0.
+        kind: Keep only prompts with this `metadata["kind"]`: a task of `"reasoning"` or a database
+            of `"sql"`.
+        shots: Number of examples with answers before each question, as chat turns. They are the
+            first train prompts of the question's kind, which are then left out. All prompts of a
+            kind start with the same examples, so a prefix cache stores them once. By default 4 in
+            `"reasoning"`, else 0.
 
     Raises:
-        PromptError: The suite is unknown, no prompt is left, there are fewer examples, or, for
+        PromptError: The suite is unknown, no prompt is left, there are too few examples, or, for
             `"reasoning"`, the extra `data` is not installed.
 
     Example:
@@ -88,7 +88,7 @@ def load_suite(
 
 
 def _with_examples(name: str, prompts: list[Prompt], shots: int) -> list[Prompt]:
-    """The prompts with their examples before them, but for those that are examples."""
+    """Put the examples before each prompt; drop the prompts that are examples."""
     if shots == 0:
         return prompts
     examples: dict[str, list[Prompt]] = {prompt.metadata["kind"]: [] for prompt in prompts}
@@ -111,7 +111,7 @@ def _with_examples(name: str, prompts: list[Prompt], shots: int) -> list[Prompt]
 
 
 def _answer(prompt: Prompt) -> str:
-    """The reference answer as a response has it: programs in a block."""
+    """The reference answer as a response, with programs in a code block."""
     answer = str(prompt.metadata["reference_answer"])
     language = next((v for k, v in {"tests": "python", "database": "sql"}.items()
                      if k in prompt.metadata), None)  # fmt: skip
@@ -136,12 +136,12 @@ def _questions(task: str) -> list[Prompt]:
     others: list[Split] = ["validation"] * _VALIDATION
     others += ["train"] * (_QUESTIONS // 2 - _VALIDATION)
     splits = [split for other in others for split in ("test", other)]
-    # By answer, the splits are alike; of those that are left over nothing is made.
+    # The splits have similar answers; left-over questions are dropped.
     return [replace(p, split=s) for p, s in zip(kept, splits, strict=False)]
 
 
 def _sql() -> list[Prompt]:
-    """The questions, each with the tables that it is about."""
+    """The questions, each with the tables of its database."""
     prompts = []
     for prompt in _of_file("sql.jsonl"):
         database = (_DATA / f"{prompt.metadata['kind']}.sql").read_text("utf-8")

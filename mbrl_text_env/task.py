@@ -1,4 +1,4 @@
-"""What all environments share: the task without an episode, observations, and how states are shown.
+"""The task that all environments share: prompts, rewards, observations and rendering.
 
 All methods are batched. The single environment is a batch of one, so both give the same numbers.
 """
@@ -45,61 +45,61 @@ ActionFormat = Literal["chunk", "padded"]
 _Score = tuple[float, dict[str, float]]
 _NAN = float("nan")
 _MAX_CHARACTERS = 2**31 - 1
-# Gymnasium's checker warns of infinite bounds; no embedding comes near this one.
+# Gymnasium's checker warns about infinite bounds; embeddings never reach this one.
 _LARGEST = float(np.finfo(np.float32).max)
-# Of a frame, in pixels; and characters a line.
+# Sizes of a frame in pixels, and characters per line.
 _WIDTH, _HEIGHT, _FONT_SIZE, _LINE, _MARGIN, _COLUMNS = 640, 480, 16, 21, 12, 72
 
 
 class Outcome(NamedTuple):
-    """What one environment returns of a step or a reset."""
+    """The result of one step or reset of one environment."""
 
     state: TextState  # after it
     response: str  # decoded
     reward: float
-    # Of the whole response where it has ended, of the prefix under `reward="delta"`, else None.
+    # Of a complete response, or of the prefix with `reward="delta"`; otherwise None.
     score: float | None
-    info: dict[str, Any]  # for the user; new at every call and deterministic
+    info: dict[str, Any]  # for the user; a new dict at every call, deterministic
 
     @property
     def terminated(self) -> bool:
-        """The response ended with a stop token."""
+        """Whether the response ended with a stop token."""
         return self.state.finish_reason == "stop"
 
     @property
     def truncated(self) -> bool:
-        """The response ended at a token limit."""
+        """Whether the response ended at a token limit."""
         return self.state.finish_reason == "length"
 
 
 class TextTask:
-    """Prompts, tokenizer, reward model, limits and ways to show a state.
+    """Prompts, tokenizer, reward model, limits, and formats of observations and actions.
 
     Args:
-        prompts: Prompts to draw from; by default the train split of the package's own.
+        prompts: Prompts to draw from; by default the train split of the builtin prompts.
         tokenizer: A tokenizer or a language model; by default SmolLM2's tokenizer.
-        reward_model: Whatever `rewards.as_reward_model` takes: a reward model, a name such as
-            `"sentiment"` or `"0.5*sentiment+relevance"`, or a callable.
+        reward_model: Anything that `rewards.as_reward_model` accepts: a reward model, a name such
+            as `"sentiment"` or `"0.5*sentiment+relevance"`, or a callable.
         reward: `"terminal"`: the score when the response ends, otherwise 0. `"delta"`: the increase
-            of the prefix's score at every chunk, from 0 for no response, so that the rewards of an
-            episode add up to the score. `"process"`: the process reward of each chunk.
-        observation: `"text"`: `{"prompt": str, "response": str}`. `"tokens"`: ids padded with 0 on
-            the right and their counts, `{"prompt_ids": int64[P], "prompt_length": int64,
-            "response_ids": int64[R], "response_length": int64}`. `"embedding"`: of prompt and
-            response prefix together, float32[d].
+            in the prefix's score at each chunk; the score of an empty response counts as 0, so the
+            return of an episode equals the score. `"process"`: the process reward of each chunk.
+        observation: `"text"`: `{"prompt": str, "response": str}`. `"tokens"`: ids, padded on the
+            right with 0, and their counts, `{"prompt_ids": int64[P], "prompt_length": int64,
+            "response_ids": int64[R], "response_length": int64}`. `"embedding"`: one embedding of
+            the prompt and the response prefix, float32[d].
         encoder: Embeds texts for `observation="embedding"`; by default MiniLM.
         max_response_tokens: R, the token limit of a response.
-        max_chunk_tokens: C, the most tokens in one chunk.
-        max_prompt_tokens: P; by default that of the longest prompt.
+        max_chunk_tokens: C, the maximum number of tokens in a chunk.
+        max_prompt_tokens: P; by default the length of the longest prompt.
         action_format: `"chunk"`: a `ChunkSpace`. `"padded"`: arrays of the fixed length C, for
-            libraries that know Gymnasium's own spaces only; see `spaces.padded_chunk_space`.
+            libraries that support only Gymnasium's own spaces; see `spaces.padded_chunk_space`.
 
     Attributes:
-        ledger: Is charged for every score, where it is set; None by default.
+        ledger: If set, it is charged for every score; None by default.
 
     Raises:
         ValueError: There are no prompts, a limit is below 1, or a mode is unknown.
-        RewardError: `reward="process"` meets a reward model that scores whole responses only.
+        RewardError: `reward="process"`, but the reward model can only score complete responses.
     """
 
     def __init__(
@@ -145,16 +145,16 @@ class TextTask:
         self.observation_space = self._observation_space()
 
     def action_space(self) -> ChunkSpace | spaces.MultiDiscrete:
-        """A new space of chunks, in the action format."""
+        """A new action space in the chosen format."""
         padded = self.action_format == "padded"
         return padded_chunk_space(self.rules) if padded else ChunkSpace(self.rules)
 
     def choose_prompt(
         self, generator: np.random.Generator, options: dict[str, Any] | None
     ) -> Prompt:
-        """The prompt that `options["prompt"]` names (a `Prompt`, id or index), or a random one.
+        """The prompt given by `options["prompt"]` (a `Prompt`, id or index), or a random one.
 
-        A number is drawn in either case, so that naming a prompt leaves later draws as they are.
+        A random number is drawn in both cases, so choosing a prompt does not change later draws.
         """
         drawn = int(generator.integers(len(self.prompts)))
         if not options:
@@ -177,11 +177,11 @@ class TextTask:
         )
 
     def start(self, prompt: Prompt) -> Outcome:
-        """Begin a response."""
+        """Start a response to a prompt."""
         return self.resume(initial(prompt, self.tokenizer))
 
     def resume(self, state: TextState) -> Outcome:
-        """Go on from any state."""
+        """Continue from any state."""
         return self._outcome(state, self.tokenizer.decode(state.response_ids))
 
     def advance(
@@ -190,10 +190,10 @@ class TextTask:
         actions: Sequence[Any],
         failures: Sequence[RewardError | None] | None = None,
     ) -> list[Outcome]:
-        """Step each state with its action: one reward call for all.
+        """Step each state with its action, with one reward call for all states.
 
-        With `failures`, one an outcome, a reward that fails ends its own episode alone, without a
-        score but with `info["reward_error"]`. Nothing is scored where one has failed already.
+        With `failures` (one per outcome), a failed reward ends only its own episode, without a
+        score and with `info["reward_error"]`. States with an error in `failures` are not scored.
         """
         pairs = zip(outcomes, actions, strict=True)
         appended = [self.append(outcome.state, action) for outcome, action in pairs]
@@ -226,7 +226,7 @@ class TextTask:
         return ended._replace(score=None)
 
     def observe(self, outcomes: Sequence[Outcome]) -> list[Any]:
-        """One observation for each outcome; ValueError where a prompt is too long for it."""
+        """One observation for each outcome; ValueError if a prompt is too long."""
         if self.observation == "text":
             return [{"prompt": o.state.prompt.text, "response": o.response} for o in outcomes]
         if self.observation == "embedding":
@@ -251,7 +251,7 @@ class TextTask:
         return rows
 
     def check_state(self, state: object) -> TextState:
-        """Refuse what is no state (TypeError), or one with too long a response (ValueError)."""
+        """Raise TypeError for other objects, ValueError if the response is too long."""
         if not isinstance(state, TextState):
             raise TypeError(
                 f"Expected a TextState as returned by get_state(), got {type(state).__name__}."
@@ -280,7 +280,7 @@ class TextTask:
         )
 
     def append(self, before: TextState, action: Any) -> tuple[TextState, bool]:
-        """The state after an action, and whether the action was cut."""
+        """The state after an action, and whether the chunk was cut at the limit."""
         ids = as_token_ids(action)
         if ids is None:
             raise InvalidChunkError(
@@ -302,7 +302,7 @@ class TextTask:
         score: _Score | None = None,
         **more: Any,
     ) -> Outcome:
-        """An outcome whose info has the same keys and types from the first step to the last."""
+        """An outcome whose info has the same keys and types at every step."""
         ended = score is not None and state.finish_reason is not None
         total, parts = score if ended else (0.0, dict.fromkeys(self._part_names, 0.0))  # type: ignore[misc]
         info = {
@@ -331,7 +331,7 @@ class TextTask:
     def _paid(
         self, steps: Sequence[tuple[Outcome, TextState, str]]
     ) -> list[tuple[float, _Score | None]]:
-        """Rewards; and scores where needed: of ended responses, and under delta of all."""
+        """Rewards and scores; only ended responses are scored, or all with "delta"."""
         wanted = [self.reward == "delta" or s.finish_reason is not None for _, s, _ in steps]
         found = iter(self._scored([(s, text) for _, s, text in compress(steps, wanted)]))
         scores = [next(found) if needed else None for needed in wanted]
@@ -343,7 +343,7 @@ class TextTask:
                 float(rewards.score_steps(model, *row, ledger=self.ledger)[-1]) for row in parts
             ]
         elif self.reward == "delta":
-            # Of the prefixes before the step only those of restored states have to be scored.
+            # Previous prefixes already have a score, except those of restored states.
             missing = [o for o, _, _ in steps if o.state.response_ids and o.score is None]
             found = iter(self._scored([(o.state, o.response) for o in missing]))
             for i, (before, _, _) in enumerate(steps):
@@ -353,7 +353,7 @@ class TextTask:
 
 
 def step_texts(state: TextState, tokenizer: Tokenizer) -> list[str]:
-    """The text of each chunk of a response; joined, they are the response; see `added_text`."""
+    """The text of each chunk of a response (see `added_text`); joined, the whole response."""
     response = tokenizer.decode(state.response_ids)
     ends = [0]
     for end in state.chunk_ends[:-1]:
@@ -363,16 +363,16 @@ def step_texts(state: TextState, tokenizer: Tokenizer) -> list[str]:
 
 
 def added_text(before: str, after: str) -> str:
-    """What decoding more tokens has added to a text.
+    """The text that was added by decoding more tokens.
 
-    A character whose bytes two chunks share is shown as a replacement mark until it is whole; it
-    belongs to the chunk that completes it.
+    If two chunks share the bytes of a character, it is decoded as a replacement character until it
+    is complete, and belongs to the chunk that completes it.
 
     Example:
         >>> added_text("caf\ufffd", "caf\u00e9!")
         '\u00e9!'
     """
-    shared = commonprefix([before, after])  # noqa: RUF071 character by character is what is meant
+    shared = commonprefix([before, after])  # noqa: RUF071 a comparison by character is intended
     return after[len(shared) :]
 
 
@@ -382,13 +382,13 @@ def feature_box(size: int) -> spaces.Box:
 
 
 def as_text(outcome: Outcome) -> str:
-    """Prompt, response, and how it ended."""
+    """The prompt, the response and its finish reason."""
     prompt, ending = outcome.state.prompt.text, _ending(outcome)
     return f"Prompt: {prompt}\nResponse: {outcome.response} [{ending}]\n"
 
 
 def as_frame(outcome: Outcome) -> npt.NDArray[np.uint8]:
-    """A picture of `as_text`, uint8[480, 640, 3], black on white; long texts are cut."""
+    """An image of `as_text`, uint8[480, 640, 3], black on white; long texts are cut."""
     from PIL import Image, ImageDraw
 
     image = Image.new("RGB", (_WIDTH, _HEIGHT), "white")
@@ -426,7 +426,7 @@ def _ending(outcome: Outcome) -> str:
 def _wrapped(text: str) -> list[str]:
     lines = []
     for line in text.splitlines():
-        # What cannot be printed, lone halves of characters too, would stop the drawing.
+        # Unprintable characters, including lone surrogates, make the drawing fail.
         shown = "".join(c if c.isprintable() else "\ufffd" for c in line.expandtabs(4))
         lines.extend(textwrap.wrap(shown, _COLUMNS, drop_whitespace=False) or [""])
     return lines
@@ -442,13 +442,13 @@ def _font() -> Any:
 
 
 def _one_thread() -> None:
-    """A forked process has none of its parent's threads: OpenMP would wait for them for ever."""
+    """Use one thread: in a forked process, OpenMP would wait forever for the parent's threads."""
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)
     if "threadpoolctl" in sys.modules:
         sys.modules["threadpoolctl"].threadpool_limits(1)
 
 
-# For environments that `AsyncVectorEnv` and others make or use in forked processes.
+# `AsyncVectorEnv` and others run environments in forked processes.
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_one_thread)

@@ -1,6 +1,6 @@
-"""The frozen, picklable data of the decision process, and what its calls cost.
+"""Frozen, picklable data types of the decision process, and the accounting of its costs.
 
-Token ids are canonical: text is decoded from them for people and reward models and is never
+Token ids are canonical: text is decoded from them for people and reward models, and is never
 encoded again to continue a prefix.
 """
 
@@ -27,7 +27,7 @@ FinishReason = Literal["stop", "length"]
 Split = Literal["train", "validation", "test"]
 
 FloatArray = npt.NDArray[np.float64]
-"""float64[B]: one number a state, prompt or response."""
+"""float64[B]: one number for each state, prompt or response."""
 
 _ROLE = re.compile(r"[\w .-]+")
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
@@ -35,7 +35,7 @@ _SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 @dataclass(frozen=True)
 class Message:
-    """One message of a chat; `role` is one that the chat template knows, such as `"user"`."""
+    """One chat message; `role` must be known to the chat template, such as `"user"`."""
 
     role: str
     content: str
@@ -43,18 +43,18 @@ class Message:
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a response answers.
+    """A prompt: chat messages, or plain text to continue.
 
     Args:
         id: Unique among the prompts of a run; random streams are derived from it.
         content: Chat messages, rendered with the tokenizer's chat template; or a plain string,
-            which is encoded as it is and continued.
-        metadata: What a reward model may need (reference answer, constraints, kind). JSON values.
+            which is encoded without a template.
+        metadata: Data for reward models (reference answer, constraints, kind) as JSON values.
 
     Raises:
         TypeError: The content is neither a string nor messages of strings.
-        ValueError: The id or the content is empty, a role is no name, or a text (in id, content or
-            metadata) has half a character: a surrogate of UTF-16 alone, which no file can hold.
+        ValueError: The id or the content is empty; a role is not a name; or the id, content or
+            metadata has a lone UTF-16 surrogate, which cannot be written to a file.
 
     Example:
         >>> Prompt.from_text("Why is the sky blue?").text
@@ -118,7 +118,7 @@ class Prompt:
 
     @functools.cached_property
     def text(self) -> str:
-        """The prompt as a person or a reward model reads it, without template marks."""
+        """The prompt as plain text, without the chat template."""
         if isinstance(self.content, str):
             return self.content
         if len(self.content) == 1:
@@ -127,7 +127,7 @@ class Prompt:
 
 
 def _half_character(value: Any) -> str | None:
-    """The first surrogate in a text, or in the texts of JSON values."""
+    """The first lone surrogate in a text, or in the texts of JSON values."""
     if isinstance(value, str):
         found = None if value.isascii() else _SURROGATE.search(value)
         return found and found[0]
@@ -139,19 +139,19 @@ def _half_character(value: Any) -> str | None:
 
 @dataclass(frozen=True)
 class TextState:
-    """A prompt and the prefix of its response: the whole Markov state.
+    """The Markov state: a prompt and the response so far.
 
-    Two states are equal when their tokens are, whatever chunks they were written in.
+    Equality does not depend on how the tokens are divided into chunks.
 
     Args:
         prompt: The prompt.
-        prompt_ids: int[P], the prompt's token ids, chat template included.
-        response_ids: int[T], the response's token ids so far, a final stop token included.
-        finish_reason: None while the response can go on.
-        chunk_ends: int[C], lengths of the response after each chunk, for process rewards (one score
-            a chunk).
-        logprob: Summed log-probability (nats) of the response under the language model itself, for
-            value models; None where it is not known.
+        prompt_ids: int[P], the prompt's token ids, including the chat template.
+        response_ids: int[T], the response's token ids so far, including a final stop token.
+        finish_reason: None until the response has ended.
+        chunk_ends: int[C], length of the response after each chunk, for process rewards (one score
+            per chunk).
+        logprob: Sum of log-probabilities (nats) of the response under the language model itself,
+            for value models; None if unknown.
     """
 
     prompt: Prompt
@@ -164,14 +164,14 @@ class TextState:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Tokens to append to a response, at least one: an action. A stop token may only be the last.
+    """An action: one or more tokens to append to a response, with a stop token only at the end.
 
     Args:
         logprobs: float[n], the log-probability (nats) of each token under the language model
-            itself, before temperature, top-p and top-k; empty where it is not known.
+            itself, before temperature, top-p and top-k; empty if unknown.
         finish_reason: `"stop"` if the chunk ends the response, `"length"` if the model's context is
             full, otherwise None.
-        log_weight: Natural logarithm of its weight, where a `Guard` with `weighted` watched it.
+        log_weight: Natural logarithm of its weight, set by a `Guard` with `weighted`.
     """
 
     token_ids: tuple[int, ...]
@@ -181,7 +181,7 @@ class Chunk:
 
     @property
     def logprob(self) -> float:
-        """Summed log-probability in nats; NaN where it is not known."""
+        """Sum of log-probabilities in nats; NaN if unknown."""
         return float(sum(self.logprobs)) if self.logprobs else float("nan")
 
     def __len__(self) -> int:
@@ -190,19 +190,19 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Usage:
-    """Amounts of computation; usages add up.
+    """Amounts of computation; usages can be added.
 
-    FLOPs of a language model are 2 x parameters x tokens, plus attention; those of the others are
-    counted where they say them.
+    FLOPs of a language model are 2 x parameters x tokens, plus attention. FLOPs of other models are
+    included if the model reports them.
     """
 
-    prompt_tokens: int = 0  # of the prefix, that a language model had to compute
-    cached_tokens: int = 0  # of the prefix, that were taken from a cache instead
-    generated_tokens: int = 0  # that a language model sampled
-    lm_calls: int = 0  # requests to a language model, one a state and call
-    reward_calls: int = 0  # responses or prefixes that a reward model scored
-    value_calls: int = 0  # states that a value model judged
-    dynamics_calls: int = 0  # transitions that a learned dynamics model predicted
+    prompt_tokens: int = 0  # prefix tokens that a language model computed
+    cached_tokens: int = 0  # prefix tokens taken from a cache
+    generated_tokens: int = 0  # tokens sampled by a language model
+    lm_calls: int = 0  # requests to a language model, one per state and call
+    reward_calls: int = 0  # responses or prefixes scored by a reward model
+    value_calls: int = 0  # states evaluated by a value model
+    dynamics_calls: int = 0  # transitions predicted by a learned dynamics model
     lm_flops: float = 0.0
     reward_flops: float = 0.0
     value_flops: float = 0.0
@@ -219,17 +219,17 @@ class Usage:
         return Usage(*(amount * count for amount in vars(self).values()))
 
     def maximum(self, other: Usage) -> Usage:
-        """The larger of each amount: the most that one of two things is charged."""
+        """The elementwise maximum of two usages."""
         return Usage(*map(max, vars(self).values(), vars(other).values()))
 
     @property
     def flops(self) -> float:
-        """Floating-point operations of all models together."""
+        """Floating-point operations of all models in total."""
         return self.lm_flops + self.reward_flops + self.value_flops + self.dynamics_flops
 
     @property
     def capped(self) -> dict[str, int | float]:
-        """The amounts that a `Budget` has caps for, by the cap's name."""
+        """The amounts that a `Budget` can cap, by name of the cap."""
         return {
             "tokens": self.generated_tokens,
             "flops": self.flops,
@@ -238,12 +238,12 @@ class Usage:
         }
 
     def as_dict(self) -> dict[str, int | float]:
-        """All amounts by name, `flops` (their sum) included."""
+        """All amounts by name, including `flops`, the total of all models."""
         return {**vars(self), "flops": self.flops}
 
 
 class BudgetError(ValueError):
-    """A budget that allows no complete response, or is not a positive number."""
+    """A budget that is too small for a complete response, or not positive."""
 
 
 class BudgetExceededError(RuntimeError):
@@ -254,7 +254,7 @@ class BudgetExceededError(RuntimeError):
 class Budget:
     """Hard caps on the computation for one prompt; None means no cap.
 
-    A call under way is never interrupted, so seconds are checked between calls and do not raise.
+    Running calls are never interrupted: `seconds` is checked between calls and does not raise.
 
     Raises:
         BudgetError: A cap is not positive.
@@ -278,12 +278,12 @@ class Budget:
         return any(cap is not None for cap in vars(self).values())
 
     def ends(self, each: Usage) -> bool:
-        """Whether it ends a search that is charged so much again and again."""
-        # A cap on something that costs nothing here is none.
+        """Whether this budget ends a search that charges `each` repeatedly."""
+        # A cap on an amount that the search never charges does not end it.
         return self.seconds is not None or not Ledger(self).affords(each * 1_000_000)
 
     def after(self, usage: Usage) -> Budget | None:
-        """What is left of the caps when `usage` is spent; None where nothing is."""
+        """The remaining budget after `usage`; None if a cap is used up."""
         left = {
             name: None if cap is None else cap - usage.capped[name]
             for name, cap in vars(self).items()
@@ -291,7 +291,7 @@ class Budget:
         return Budget(**left) if all(x is None or x > 0 for x in left.values()) else None
 
     def shared(self, count: int) -> Budget | None:
-        """An equal share for each of `count`; None where one gets nothing."""
+        """An equal share of the budget for each of `count`; None if a share is 0."""
         whole = ("tokens", "reward_calls")
         shares = {
             name: cap if cap is None else cap // count if name in whole else cap / count
@@ -301,9 +301,9 @@ class Budget:
 
 
 class Ledger:
-    """The running account of one prompt: its `budget` (None for no caps) and its `usage` so far.
+    """The `budget` of one prompt (None for no caps) and its `usage` so far.
 
-    Every call of a model is charged to the ledger of the prompt that it was made for.
+    Each model call is charged to the ledger of its prompt.
 
     Example:
         >>> ledger = Ledger(Budget(tokens=100))
@@ -317,10 +317,10 @@ class Ledger:
         self.usage = Usage()
 
     def charge(self, usage: Usage) -> None:
-        """Add what was spent.
+        """Add `usage` to the amounts spent.
 
         Raises:
-            BudgetExceededError: A cap other than seconds is passed. The charge is kept.
+            BudgetExceededError: A cap other than seconds is exceeded. The charge is kept.
         """
         self.usage = self.usage + usage
         for name, amount, cap in self._passed(self.usage):
@@ -332,12 +332,12 @@ class Ledger:
                 )
 
     def affords(self, usage: Usage) -> bool:
-        """Whether `usage` could be spent without passing a cap."""
+        """Whether `usage` can be spent without exceeding a cap."""
         return not self._passed(self.usage + usage)
 
     def _passed(self, usage: Usage) -> list[tuple[str, float, float]]:
         caps, amounts = vars(self.budget).items(), usage.capped
-        # Sums of floating-point numbers differ in the last digits with their order.
+        # The last digits of a floating-point sum depend on the order of its terms.
         return [
             (name, amounts[name], cap)
             for name, cap in caps
@@ -345,19 +345,19 @@ class Ledger:
         ]
 
 
-# Seconds that blocks inside the one that is being timed have charged.
+# Seconds charged by blocks nested in the one that is being timed.
 _charged_inside: ContextVar[list[float] | None] = ContextVar("_charged_inside", default=None)
 
 
 Ledgers = Sequence[Ledger] | None
-"""Who pays, one ledger an item; None where nobody does."""
+"""One ledger for each item of a batch; None to charge nothing."""
 
 
 @contextmanager
 def timed(ledgers: Sequence[Ledger] | None) -> Iterator[None]:
-    """Charge the wall time of a block to `ledgers`, in equal parts.
+    """Charge the wall time of a block to `ledgers` in equal parts.
 
-    What a block inside it charges is not charged again. Do not await anything else's turn in it.
+    Time charged by a nested block is not charged again. Do not wait for other work in the block.
     """
     inside: list[float] = []
     outside = _charged_inside.get()
@@ -375,20 +375,20 @@ def timed(ledgers: Sequence[Ledger] | None) -> Iterator[None]:
 
 
 def check_positive(**counts: int | None) -> None:
-    """Raise a ValueError that names a count below 1; None is no count."""
+    """Raise a ValueError if a count is below 1; None is ignored."""
     for name, count in counts.items():
         if count is not None and count < 1:
             raise ValueError(f"{name}: expected at least 1, got {count}.")
 
 
 def one_of(name: str, value: object, allowed: Any) -> None:
-    """Raise a ValueError for an argument that is not among the values of a `Literal`, or a list."""
+    """Raise a ValueError if `value` is not one of the values of a `Literal` or a list."""
     values = list(get_args(allowed) or allowed)
     if value not in values:
         raise ValueError(f"{name}: expected one of {values}, got {value!r}.")
 
 
 def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
-    """A hint at names that look like `name`, or nothing."""
+    """A hint that lists known names similar to `name`, or an empty string."""
     near = dict.fromkeys(difflib.get_close_matches(name, list(known), cutoff=cutoff))
     return f" Did you mean {' or '.join(map(repr, near))}?" if near else ""

@@ -1,4 +1,4 @@
-"""The value model's contract: the expected final reward of a prefix, with its uncertainty."""
+"""The interface of value models: the expected final reward of a prefix, with uncertainty."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from mbrl_text_env.rewards.base import reward_name
 from mbrl_text_env.types import FloatArray, Ledgers, TextState, Usage, timed
 
 LENGTHS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
-"""Prefix lengths in tokens that values are fitted and checked on by default."""
+"""Default prefix lengths, in tokens, for fitting and checking value models."""
 
 
 class ValueModelError(RuntimeError):
-    """A value model is not fitted, or returned something else than finite values."""
+    """A value model is not fitted, or returned missing or non-finite values."""
 
 
 @dataclass(frozen=True)
 class ValueEstimate:
-    """float64[B] each: the expected final reward of prefixes, and its standard deviation.
+    """The expected final reward of prefixes and its standard deviation, each float64[B].
 
-    A subclass may add arrays of B rows; a search records them in its tree (`Node.details`).
+    A subclass can add arrays of B rows; a search records them in its tree (`Node.details`).
     """
 
     mean: FloatArray
@@ -32,20 +32,20 @@ class ValueEstimate:
 
     @property
     def details(self) -> dict[str, Any]:
-        """What a subclass adds, by name."""
+        """The arrays that a subclass adds, by name."""
         return {name: rows for name, rows in vars(self).items() if name not in ("mean", "std")}
 
 
 class ValueModel(ABC):
-    """Predicts the final reward of a prefix; all but `predict` has a default.
+    """Predicts the final reward of a prefix; everything except `predict` has a default.
 
-    An object that is no subclass will do where a value model is expected, if it has `predict`; what
-    else it has of this contract is used.
+    Any object with `predict` can be used as a value model. If it has other attributes or methods
+    of this class, they are used too.
 
     Attributes:
-        reward_name_: The reward whose scores it predicts; None where it does not say.
-        language_model_name_: The language model whose responses it values; None likewise.
-        lengths: Prefix lengths in tokens that it is meant for.
+        reward_name_: The reward whose scores it predicts; None if unknown.
+        language_model_name_: The language model that wrote the responses; None if unknown.
+        lengths: Prefix lengths, in tokens, that it supports.
 
     Example:
         >>> class Length(ValueModel):
@@ -65,31 +65,31 @@ class ValueModel(ABC):
 
     @abstractmethod
     def predict(self, states: Sequence[TextState]) -> ValueEstimate:
-        """Mean and standard deviation, each float64[len(states)]; uncharged."""
+        """Mean and standard deviation, each float64[len(states)]; charges nothing."""
 
     def predict_with(self, states: Sequence[TextState], ledgers: Ledgers) -> ValueEstimate:
-        """`predict`, with what other models are asked for charged to the ledgers, one a state."""
+        """Like `predict`, but charge calls of other models to the ledgers (one per state)."""
         return self.predict(states)
 
     def flops(self, states: Sequence[TextState]) -> FloatArray:
-        """float64[B]: floating-point operations of the model's own computation."""
+        """Floating-point operations of the model itself, float64[B]."""
         return np.zeros(len(states))
 
     def flops_bound(self) -> float:
-        """The most that `flops` can be for one state."""
+        """An upper bound on `flops` for one state."""
         return 0.0
 
     def usage_bound(self, state: TextState) -> Usage:
-        """The most that other models' calls for one state with as many tokens are charged."""
+        """An upper bound on the cost of other models' calls for a state of this length."""
         return Usage()
 
     def expected_usage(self, state: TextState) -> Usage:
-        """About what other models' calls for the state are charged."""
+        """The expected cost of other models' calls for the state."""
         return self.usage_bound(state)
 
 
 class _Adapted(ValueModel):
-    """An object that is no `ValueModel`; what it has of the contract replaces the defaults."""
+    """Wraps an object that is not a `ValueModel`; its attributes replace the defaults."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -110,17 +110,17 @@ class _Adapted(ValueModel):
 
 
 def as_value_model(value_model: Any) -> ValueModel:
-    """The value model, or one made of an object that has parts of the contract."""
+    """Return a `ValueModel` as is, or wrap another object with `predict`."""
     return value_model if isinstance(value_model, ValueModel) else _Adapted(value_model)
 
 
 def predict_values(
     value_model: ValueModel, states: Sequence[TextState], *, ledgers: Ledgers = None
 ) -> ValueEstimate:
-    """Predict, and charge the ledgers (one a state).
+    """Predict values and charge the ledgers (one per state).
 
     Raises:
-        ValueModelError: The model is not fitted, or a value is not finite or missing.
+        ValueModelError: The model is not fitted, or a value is missing or not finite.
     """
     name, model = type(value_model).__name__, as_value_model(value_model)
     if not model.is_fitted:
@@ -151,22 +151,22 @@ def predict_values(
 
 
 def value_usage_bound(value_model: ValueModel, state: TextState) -> Usage:
-    """The most that predicting `state`, or one with as many tokens, is charged."""
+    """An upper bound on the cost of predicting `state`, or another state of its length."""
     model = as_value_model(value_model)
     return Usage(value_calls=1, value_flops=float(model.flops_bound())) + model.usage_bound(state)
 
 
 def expected_value_usage(value_model: ValueModel, state: TextState) -> Usage:
-    """About what predicting `state` is charged: for plans, where a bound would be too careful."""
+    """The expected cost of predicting `state`, for planning a search."""
     model = as_value_model(value_model)
     own = Usage(value_calls=1, value_flops=float(model.flops([state])[0]))
     return own + model.expected_usage(state)
 
 
 def check_value_fits(value_model: Any, language_model: Any, reward_model: object) -> None:
-    """Refuse, by ValueModelError, one that was fitted on scores or responses of other models.
+    """Raise a ValueModelError if the value model was fitted for another reward or language model.
 
-    One that has None as `reward_name_` or `language_model_name_` passes: its author has to know.
+    A `reward_name_` or `language_model_name_` of None is not checked.
     """
     model = as_value_model(value_model)
     # A tokenizer alone has no name, and nothing to compare.

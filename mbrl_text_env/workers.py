@@ -1,7 +1,7 @@
-"""Work spread over Ray: actors that each hold models of their own, on this machine or on many.
+"""Distribute work with Ray: actors with their own models, on one or many machines.
 
-Nothing here knows what the work is. It is pickled once; jobs go out and results come back one by
-one, and only the process that asked writes files. Ray is the extra `ray`.
+The work can be any function. It is pickled once; jobs and results are sent one by one, and only the
+calling process writes files. Ray is the extra `ray`.
 """
 
 from __future__ import annotations
@@ -25,35 +25,35 @@ from mbrl_text_env.types import check_positive
 Job = TypeVar("Job")
 T = TypeVar("T")
 
-# A job that was under way on so many lost workers is taken to be why they were lost.
+# After this many lost workers, the job they were doing is assumed to be the cause.
 _MOST_LOST = 3
 _PATIENCE_SECONDS = 60.0
 _ANSWER_SECONDS = 10.0
 
 
 class WorkerError(RuntimeError):
-    """Workers that cannot begin, or that are lost again and again."""
+    """Workers cannot start, or are lost repeatedly."""
 
 
 class RayWorkers:
-    """Ray actors that do jobs side by side, each with models of its own.
+    """Ray actors that do jobs in parallel, each with its own models.
 
-    Used as a context manager, and given to `compare`, `collect` or `ExpertIteration` as `each`. The
-    results are those of one process: the jobs are the same batches, and a language model is loaded
-    again from where it came, which is checked. The job of a lost worker goes to another one, and a
-    new worker begins. Code, models and files of rewards have to be on every machine, at the same
-    place.
+    Use it as a context manager, and pass it to `compare`, `collect` or `ExpertIteration` as `each`.
+    The results are the same as with one process: the batches are the same, and each worker loads
+    the language model from the same source, which is checked. If a worker is lost, another one does
+    its job, and a new worker starts. Code, models and reward files must be at the same path on
+    every machine.
 
     Args:
-        address: Of a Ray cluster, `"auto"` for the one that this machine is part of, or `"local"`
-            for one that begins and ends here. A Ray that this process has joined is used instead.
-        workers: How many. Each takes one CPU, in a local Ray its share of the cores.
-        gpus_per_worker: Of each; a share such as 0.5 lets several have one.
+        address: Address of a Ray cluster, `"auto"` for the cluster of this machine, or `"local"` to
+            start a temporary one here. If this process is already connected to Ray, that is used.
+        workers: Number of workers. Each takes one CPU, or in a local Ray its share of the cores.
+        gpus_per_worker: GPUs per worker; with a fraction such as 0.5, workers share a GPU.
 
     Raises:
         MissingExtraError: Ray is not installed.
-        WorkerError: On entering: there is no such cluster, or it has too little for the workers.
-            While working: a job, or loading the models, has lost several workers.
+        WorkerError: On entering: there is no such cluster, or its resources are too small. While
+            working: several workers were lost by the same job or by loading the models.
 
     Example:
         >>> with RayWorkers("local", 2) as workers:  # doctest: +SKIP
@@ -65,9 +65,9 @@ class RayWorkers:
         self.address, self.workers, self.gpus_per_worker = address, workers, gpus_per_worker
 
     def __enter__(self) -> Self:
-        # It would count users over the network.
+        # Ray would send usage statistics over the network.
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        # By default its workers yield to everything else on the machine.
+        # By default, Ray gives its workers a low priority.
         os.environ.setdefault("RAY_worker_niceness", "0")
         with extras():
             import ray
@@ -80,7 +80,7 @@ class RayWorkers:
             try:
                 _check_answers(self.address)
                 self._ray.init(self.address, log_to_driver=False, logging_level="error", **here)
-            # Ray ends the program where a cluster does not answer.
+            # Ray exits the program if a cluster does not answer.
             except (Exception, SystemExit) as error:
                 raise WorkerError(
                     f"Ray at {self.address!r}: expected a cluster to join, got "
@@ -102,9 +102,9 @@ class RayWorkers:
             self._ray.shutdown()
 
     def __call__(self, work: Callable[[Job], T], jobs: Sequence[Job]) -> Iterator[tuple[int, T]]:
-        """The place and the result of each job, as they are done; what the work raises is raised.
+        """Yield the index and result of each job when it is done; errors of the work are raised.
 
-        Work, jobs and results have to be pickled.
+        Work, jobs and results must be picklable.
         """
         if not jobs:
             return
@@ -143,14 +143,14 @@ class RayWorkers:
 
 
 def _check_answers(address: str) -> None:
-    """Raise an OSError or ValueError where nothing answers there, for which Ray takes minutes."""
+    """Raise OSError or ValueError if nothing answers at the address; Ray would take minutes."""
     if address not in ("local", "auto"):
         host, _, port = address.removeprefix("ray://").rpartition(":")
         socket.create_connection((host, int(port)), _ANSWER_SECONDS).close()
 
 
 class _Crew:
-    """The actors of one piece of work, and what each is doing."""
+    """The actors of one piece of work, and their current jobs."""
 
     def __init__(self, ray: Any, actor: Any, packed: Any) -> None:
         self._ray, self._actor, self._packed = ray, actor, packed
@@ -218,7 +218,7 @@ class _Crew:
 
 
 class _Worker:
-    """An actor: the work, unpickled once, and what it makes of jobs."""
+    """An actor that unpickles the work once and applies it to jobs."""
 
     def __init__(self, packed: list[Any]) -> None:
         self._packed = packed

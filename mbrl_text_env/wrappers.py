@@ -1,7 +1,7 @@
-"""Wrappers: the candidate view, potential-based shaping and a KL penalty.
+"""Wrappers: candidate chunks as actions, potential-based shaping and a KL penalty.
 
-In the candidate view a language model proposes K chunks and the agent picks one, with spaces that
-stable-baselines3 takes as they are. The other two change the reward, alone or together.
+With candidate chunks, a language model proposes K chunks and the agent chooses one; the spaces
+work with stable-baselines3. The other two wrappers change the reward and can be combined.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from mbrl_text_env.values import ValueModel, predict_values
 if TYPE_CHECKING:
     _VectorWrapper = VectorWrapper[Any, Any, Any, Any, Any]
 else:
-    # Before Gymnasium 1.4 it takes no parameters.
+    # Not generic before Gymnasium 1.4.
     _VectorWrapper = VectorWrapper
 
 CANDIDATES_ID = "mbrl_text_env/CandidateChunks-v0"
@@ -47,14 +47,14 @@ CANDIDATES_ID = "mbrl_text_env/CandidateChunks-v0"
 
 @dataclass(frozen=True)
 class CandidateState:
-    """What the candidate view restores: the state, and the seed of its proposals."""
+    """A state of `CandidateChunks`: the text state and the seed of its candidates."""
 
     text_state: TextState
     seed: int
 
 
 class _View:
-    """What the single and the vector view share: a proposer, and who pays for it."""
+    """Shared by the single and the vector form: a proposer and its ledger."""
 
     def _begin(
         self, model: LanguageModel | None, task: TextTask, options: ViewOptions
@@ -91,19 +91,19 @@ class _View:
 class CandidateChunks(_View, gym.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
     """Choose among K chunks that a language model proposes: `Discrete(K)` and `Box`.
 
-    The proposals at a state follow from the state and from a seed that `reset` draws, so the same
-    episode seed shows the same candidates. Their texts are in `info["candidates"]`, K empty ones
-    where the response has ended. What proposing costs is charged to `ledger`.
+    The candidates are a function of the state and a seed that `reset` draws, so the same episode
+    seed gives the same candidates. `info["candidates"]` holds their texts, or K empty strings once
+    the response has ended. The cost of proposing is charged to `ledger`.
 
     Args:
         env: A `TextGenerationEnv`, wrapped or not.
-        language_model: Proposes chunks; by default the environment's tokenizer where that is a
+        language_model: Proposes chunks; by default the environment's tokenizer if that is a
             language model, otherwise the embedded SmolLM2.
         num_candidates, chunk_tokens, params, encoder, prefix_rewards: See `CandidateProposer`.
 
     Attributes:
-        candidates: The K chunks at the current state; none where it has ended.
-        ledger: Without the environment's own scores.
+        candidates: The K chunks at the current state; empty if it has ended.
+        ledger: The cost of proposing, without the environment's own scores.
 
     Example:
         >>> import gymnasium as gym, mbrl_text_env
@@ -132,14 +132,14 @@ class CandidateChunks(_View, gym.Wrapper[Any, Any, Any, Any], RecordConstructorA
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Any, dict[str, Any]]:
-        """Begin a response; see `TextGenerationEnv.reset`."""
+        """Start an episode; see `TextGenerationEnv.reset`."""
         with unchanged_if_it_fails(self):
             _, info = self.env.reset(seed=seed, options=options)
             self._seed = int(self._base.np_random.integers(2**63))
             return self._show(info)
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
-        """Append candidate `action`; no error changes the state.
+        """Append candidate `action`; an error leaves the state unchanged.
 
         Raises:
             EpisodeEndedError, ValueError: The response has ended, or there is no such candidate.
@@ -154,16 +154,16 @@ class CandidateChunks(_View, gym.Wrapper[Any, Any, Any, Any], RecordConstructorA
 
     @property
     def spec(self) -> EnvSpec | None:  # type: ignore[override]
-        """How Gymnasium makes this again; the id stands for the wrapper too."""
+        """The Gymnasium spec; the registered id includes this wrapper."""
         base = self.env.spec
         return base if base is not None and base.id == CANDIDATES_ID else super().spec
 
     def get_state(self) -> CandidateState:
-        """The state and the seed of its proposals."""
+        """The state and the seed of its candidates."""
         return CandidateState(self._base.get_state(), self._seed)
 
     def set_state(self, state: CandidateState) -> tuple[Any, dict[str, Any]]:
-        """Go on from a `CandidateState`; returns what `reset` would."""
+        """Restore a `CandidateState`; return the same values as `reset`."""
         _check_states([state])
         with unchanged_if_it_fails(self):
             _, info = self._base.set_state(state.text_state)
@@ -178,11 +178,11 @@ class CandidateChunks(_View, gym.Wrapper[Any, Any, Any, Any], RecordConstructorA
 
 
 class CandidateChunksVector(_View, _VectorWrapper):
-    """The vector form of `CandidateChunks`: one language-model call a step for all environments.
+    """The vector form of `CandidateChunks`, with one language-model call per step.
 
-    With `on_reward_error="record"`, rewards of prefixes that cannot be scored cost their own
-    environment alone: the observation has zeros for them, the info a `reward_error`, and the next
-    step ends the episode without a score; see `TextGenerationVectorEnv`.
+    With `on_reward_error="record"`, a prefix that cannot be scored affects only its own
+    sub-environment: the observation has zeros for its rewards, the info has a `reward_error`, and
+    the next step ends the episode without a score. See `TextGenerationVectorEnv`.
     """
 
     kept_if_a_step_fails = ("candidates", "_seeds", "_failures")
@@ -216,9 +216,9 @@ class CandidateChunksVector(_View, _VectorWrapper):
             return self._show(infos, self._base.episode_started)
 
     def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
-        """Append candidate `actions[i]` in environment i; errors as `CandidateChunks.step`."""
+        """Append candidate `actions[i]` in sub-environment i; see `CandidateChunks.step`."""
         actions = as_actions(actions, self._base.num_envs)
-        # An environment without candidates has ended; the base resets it or says that it must be.
+        # A sub-environment without candidates has ended; the base env resets it or raises.
         known: list[list[Chunk]] = self.candidates or [[]] * len(actions)
         ids = [
             self._chosen(candidates, action) if candidates else ()
@@ -233,11 +233,11 @@ class CandidateChunksVector(_View, _VectorWrapper):
         return observations, rewards, terminations, truncations, infos
 
     def get_states(self) -> list[CandidateState]:
-        """The N current states and the seeds of their proposals."""
+        """The N current states and the seeds of their candidates."""
         return list(map(CandidateState, self._base.states, self._seeds))
 
     def set_states(self, states: Sequence[CandidateState]) -> tuple[Any, dict[str, Any]]:
-        """Go on from N of this view's states; returns what `reset` would."""
+        """Restore N `CandidateState`s; return the same values as `reset`."""
         _check_states(states)
         with unchanged_if_it_fails(self):
             _, infos = self._base.set_states([state.text_state for state in states])
@@ -251,7 +251,7 @@ class CandidateChunksVector(_View, _VectorWrapper):
     def _show(
         self, infos: dict[str, Any], shown: npt.NDArray[np.bool_] | None = None
     ) -> tuple[Any, dict[str, Any]]:
-        """Propose anew everywhere; `shown` are the environments whose info is asked for, or all."""
+        """Propose for all sub-environments; add info for those in `shown` (None: for all)."""
         states = self._base.states
         failures: list[RewardError | None] = [None] * len(states)
         isolated = failures if self._base.on_reward_error == "record" else None
@@ -267,7 +267,7 @@ class CandidateChunksVector(_View, _VectorWrapper):
         return features, infos
 
     def _with_final_view(self, infos: dict[str, Any]) -> dict[str, Any]:
-        """Show the states in which episodes ended as this view does."""
+        """Replace the final observations and infos with those of this wrapper."""
         ended = {i: s for i, s in enumerate(self._base.final_states) if s is not None}
         if not ended:
             return infos
@@ -287,12 +287,12 @@ def make_candidate_chunks(
     tokenizer: Tokenizer | None = None,
     **options: Any,
 ) -> CandidateChunks | CandidateChunksVector:
-    """Make `mbrl_text_env/CandidateChunks-v0`, or `num_envs` in one.
+    """Make `mbrl_text_env/CandidateChunks-v0`, or its vector form if `num_envs` is given.
 
     Args:
         language_model: Proposes chunks; by default the embedded SmolLM2.
         tokenizer: By default the language model.
-        **options: Those of `CandidateProposer` and of `TextGenerationEnv`.
+        **options: Options of `CandidateProposer` and `TextGenerationEnv`.
     """
     model = _embedded() if language_model is None else language_model
     view: Any = {name: options.pop(name) for name in ViewOptions.__annotations__ if name in options}
@@ -304,7 +304,7 @@ def make_candidate_chunks(
 
 @functools.cache
 def _embedded() -> LanguageModel:
-    # One engine serves all environments that were made without a model of their own.
+    # All environments without their own model share one engine.
     return embedded()
 
 
@@ -318,7 +318,7 @@ def _check_states(states: Sequence[object]) -> None:
 
 
 class _RewardWrapper(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
-    """Changes the reward by what a step has changed of the state; TypeError over other tasks."""
+    """Change the reward according to a transition; TypeError for other environments."""
 
     def __init__(self, env: gym.Env[Any, Any], **arguments: Any) -> None:
         RecordConstructorArgs.__init__(self, _disable_deepcopy=True, **arguments)
@@ -326,7 +326,7 @@ class _RewardWrapper(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
         self._base = text_env(env)
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
-        """Step and change the reward; `info` says how. A failure leaves everything as it was."""
+        """Step and change the reward; an error leaves the state unchanged."""
         before = self._base.get_state()
         with unchanged_if_it_fails(self.env):
             observation, reward, terminated, truncated, info = self.env.step(action)
@@ -336,20 +336,19 @@ class _RewardWrapper(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
     def _change(
         self, reward: float, before: TextState, after: TextState
     ) -> tuple[float, dict[str, float]]:
-        """What is added to the reward, and what `info` says of it."""
+        """The amount to add to the reward, and the entries to add to `info`."""
         raise NotImplementedError
 
 
 class PotentialShaping(_RewardWrapper):
     """Add `discount * potential(next state) - potential(state)` to every reward.
 
-    The potential is a value model's mean and, where a response has ended, 0; then the optimal
-    policy stays the same whatever the value model says (Ng, Harada and Russell, "Policy invariance
-    under reward transformations", 1999). Episodes that a token limit ends count as ended, because
-    the limit is a part of this task and the score is paid there. `info["unshaped_reward"]` is the
-    reward before.
+    The potential is the value model's mean, and 0 in terminal states. The optimal policy therefore
+    does not depend on the value model (Ng, Harada and Russell, "Policy invariance under reward
+    transformations", 1999). Truncated episodes count as ended, because the token limit is part of
+    the task and the score is paid there. `info["unshaped_reward"]` is the original reward.
 
-    The discount is the one that the agent uses, above 0 and at most 1.
+    `discount` must be the agent's discount, above 0 and at most 1.
     """
 
     def __init__(
@@ -373,18 +372,18 @@ class PotentialShaping(_RewardWrapper):
 
 
 class KLPenalty(_RewardWrapper):
-    """Subtract `coefficient` times the chunk's log-probability ratio of policy and reference.
+    """Subtract `coefficient` times the log-probability ratio of policy and reference.
 
-    Summed over an episode, `log policy - log reference` estimates without bias the KL divergence of
-    the policy from the reference (Ziegler et al., "Fine-tuning language models from human
-    preferences", 2019). `info["kl"]` is a step's ratio in nats.
+    The sum of `log policy - log reference` over an episode is an unbiased estimate of the KL
+    divergence of the policy from the reference (Ziegler et al., "Fine-tuning language models from
+    human preferences", 2019). `info["kl"]` is the log ratio of one step in nats.
 
     Args:
-        reference: The language model to stay near.
+        reference: The reference language model.
         coefficient: At least 0.
-        policy: The language model that the chunks are drawn from. Without one only
-            `-log reference` is charged: with an entropy bonus of the same coefficient in the agent,
-            that is the same objective.
+        policy: The language model that samples the chunks. If None, the penalty is
+            `-log reference`; together with an entropy bonus of the same coefficient in the agent,
+            this is the same objective.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
-"""Checkers of the contracts, for authors of an environment, a model or an agent.
+"""Checkers for authors of custom environments, models and agents.
 
-Each raises `CheckError` at the first fault, with what was expected, what came and what to change.
-What passes works with everything else in the package.
+Each raises `CheckError` at the first fault. The message says what was expected, what was found and
+what to change. An object that passes works with the rest of the package.
 """
 
 from mbrl_text_env.checks.agent import check_agent

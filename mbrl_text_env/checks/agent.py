@@ -1,4 +1,4 @@
-"""The checker of agents. It knows them by what they do, for this package does not import agents."""
+"""The checker of agents, by duck typing, because this module must not import agents."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from mbrl_text_env.types import (
 )
 
 _TOLERANCE = 1e-5
-# Shares of a response: exactly one, one and a bit, and several.
+# Budgets in units of one response.
 _BUDGETS = (1.0, 1.4, 3.0, 5.7)
 _RULES = rules("""
 attributes | attributes | an object with {names} | Subclass `Agent`.
@@ -74,27 +74,27 @@ ended | act | {error} for {case} | Check `is_terminal(state)` first.
 def check_agent(
     agent: Any, prompts: Sequence[Prompt], *, budget_tokens: int | None = None, seed: int = 0
 ) -> None:
-    """Check that an agent keeps the contract of `agents.Agent`.
+    """Check that an agent implements the interface of `agents.Agent`.
 
-    Checked are `generate`: one complete response a prompt, in order, with the score that the reward
-    model gives it; that it follows from the seed and is the same alone and in a batch; that every
-    generated token and every reward call is in the ledger, and within budgets from one response up;
-    and `act`: chunks that begin the decision's completion and lead to the end.
+    For `generate`, it checks that each prompt gets one complete response, in order and with the
+    score of the reward model; that the seed determines it, alone and in a batch; that the ledger
+    has all generated tokens and reward calls; and that budgets of one response or more are kept.
+    For `act`, chunks must start the decision's completion and reach the end of the response.
 
-    Meanwhile the methods of the agent's models are replaced by ones that count: do not use these
-    models elsewhere. Every prompt is answered some two dozen times. Use a toy language model:
-    rounding in a network can change tokens with the batch.
+    During the check, the methods of the agent's models are replaced to count calls: do not use the
+    models elsewhere. Each prompt is answered about two dozen times. Use a toy language model,
+    because rounding in a network can change tokens with the batch.
 
     Args:
         agent: Has `generate(prompts, budget, seed=)`, `act(states, budget, seed=)`,
             `language_model`, `reward_model` (or None), `max_response_tokens` and `chunk_tokens`.
-        prompts: At least one; better several of different lengths.
-        budget_tokens: The least budget that has to be enough; one token less has to be refused. By
-            default one response's worth.
-        seed: Of the answers.
+        prompts: At least one; preferably several of different lengths.
+        budget_tokens: The smallest budget that must be enough; one token less must be rejected. By
+            default the tokens of one response.
+        seed: Seed of the answers.
 
     Raises:
-        CheckError: The contract is broken.
+        CheckError: A check fails.
 
     Example:
         >>> from mbrl_text_env.agents import Sampling
@@ -122,7 +122,7 @@ def check_agent(
 
 @dataclass
 class _Counts:
-    """What an agent asked of its models; `streams` are the seeds and first samples of its draws."""
+    """Calls of an agent's models; `streams` are the seeds and first samples of its draws."""
 
     tokens: int = 0
     reward_calls: int = 0
@@ -155,7 +155,7 @@ class _Counts:
 
 @dataclass
 class _Trial(Trial):
-    """An agent under check; `least` generated tokens have to be enough for one response."""
+    """An agent under check; `least` generated tokens must be enough for one response."""
 
     rules = _RULES
     agent: Any
@@ -165,7 +165,7 @@ class _Trial(Trial):
     seed: int
 
     def starts(self) -> list[TextState]:
-        """The states in which nothing is written yet."""
+        """The states with empty responses."""
         return [initial(prompt, self.agent.language_model) for prompt in self.prompts]
 
     def generate(
@@ -201,7 +201,7 @@ class _Trial(Trial):
 
     @contextmanager
     def watched(self, method: str, counts: _Counts, budget: Budget | None) -> Iterator[None]:
-        """Count what the models are asked for; running out of the budget is a fault."""
+        """Count the calls of the models; exceeding the budget is a fault."""
         score, steps = counts.of_score, counts.of_steps
         of_lm: dict[str, Callable[..., None]] = {
             "sample": counts.of_sample,
@@ -246,7 +246,7 @@ class _Trial(Trial):
             self.expect("score", close, score, place=place, text=text, actual=actual)
 
     def check_completion(self, start: TextState, completion: Any, place: str) -> None:
-        """A completion is a complete response that goes on from `start`."""
+        """Check that a completion is a complete response that continues `start`."""
         lm, state = self.agent.language_model, completion.state
         ids, begun = state.response_ids, len(start.response_ids)
         same = (state.prompt, state.prompt_ids) == (start.prompt, start.prompt_ids)
@@ -290,12 +290,12 @@ class _Trial(Trial):
         answers = self.generate(self.prompts, counts=first)
         self.expect_same("repeated", answers, self.generate(self.prompts))
         self.generate(self.prompts, seed=seeds[1], counts=other)
-        # The answers may well be the same: a search that looks long enough finds the best one.
+        # The answers can be equal: a long search finds the best one for any seed.
         differ = not first.streams or first.streams != other.streams
         self.expect("seed", differ, first.streams[:3], one=seeds[0], two=seeds[1])
 
     def check_batching(self) -> None:
-        # Twice the first one: what a prompt gets may not depend on where in the batch it stands.
+        # The first prompt twice: its answer must not depend on its place in the batch.
         prompts = [*self.prompts, self.prompts[0]]
         alone = [answer for prompt in prompts for answer in self.generate([prompt])]
         self.expect_same("batch", self.generate(prompts), alone)

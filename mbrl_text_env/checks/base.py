@@ -1,4 +1,4 @@
-"""What the checkers share: how a fault is reported, and how calls are counted."""
+"""Shared code of the checkers: report faults, and count calls."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _MOST_SHOWN = 300
 
 
 class CheckError(AssertionError):
-    """A contract is broken; the message says what was expected, what came and what to change."""
+    """An interface is not implemented correctly; the message says what to change."""
 
 
 def rules(table: str) -> dict[str, str]:
-    """A contract, a rule a line: its name, where it holds, what is expected, and what to change.
+    """Parse rules, one per line: name | place | what is expected | what to change.
 
-    Lines that are indented go on with the one before. In braces is what a check fills in; what came
-    is `{got}`, and stands behind what is expected.
+    Indented lines continue the line before. A check fills in the fields in braces. `{got}` is the
+    value found; by default it follows what is expected.
     """
     found = {}
     for line in re.sub(r"\n +", " ", table.strip()).split("\n"):
@@ -34,25 +34,25 @@ def rules(table: str) -> dict[str, str]:
 
 
 class Trial:
-    """Something under check: `subject` is how messages begin, `rules` the contract by name."""
+    """An object under check: `subject` starts its messages, `rules` are the rules by name."""
 
     rules: ClassVar[Mapping[str, str]]
     subject: str
 
     def expect(self, rule: str, holds: object, got: object, **facts: object) -> None:
-        """Report a fault against a rule unless it holds."""
+        """Raise the fault of a rule unless it holds."""
         if not holds:
             raise self.fault(rule, got, **facts)
 
     def fault(self, rule: str, got: object, **facts: object) -> CheckError:
-        """The error that says how a rule is broken; texts are shown as they are."""
+        """The error for a broken rule; strings are shown without quotes."""
         text = got if isinstance(got, str) else repr(got)
         if len(text) > _MOST_SHOWN:
             text = text[: _MOST_SHOWN - 3] + "..."
         return CheckError(f"{self.subject}, {self.rules[rule].format(got=text, **facts)}")
 
     def expect_attributes(self, thing: object, *names: str) -> None:
-        """Report a fault against the rule "attributes" unless a thing has all of them."""
+        """Raise the fault "attributes" unless the object has all of them."""
         missing = [name for name in names if not hasattr(thing, name)]
         got = f"a {type(thing).__name__} without {', '.join(missing)}"
         self.expect("attributes", not missing, got, names=", ".join(names))
@@ -60,7 +60,7 @@ class Trial:
     def expect_error(
         self, rule: str, kind: type[Exception], call: Callable[[], object], case: str
     ) -> None:
-        """Report a fault unless `call` raises an error of `kind`."""
+        """Raise the fault of a rule unless `call` raises an error of `kind`."""
         cause = None
         try:
             got = f"no error but {call()!r}"
@@ -71,20 +71,20 @@ class Trial:
         raise self.fault(rule, got, error=kind.__name__, case=case) from cause
 
     def pickled(self, thing: Any) -> Any:
-        """A copy by way of a pickle; a fault against the rule "pickle" where there is none."""
+        """Copy an object with pickle; raises the fault "pickle" if that fails."""
         try:
             return pickle.loads(pickle.dumps(thing))  # noqa: S301, it was made here
         except Exception as error:
             raise self.fault("pickle", f"{type(error).__name__}: {error}") from error
 
     def called(self, place: str, function: Callable[..., Any], *args: Any) -> Any:
-        """Call a method that has to leave its arguments as they are, and may not fail."""
+        """Call a method that must not fail or change its arguments."""
         before, failure, result = copy.deepcopy(args), None, None
         try:
             result = function(*args)
         except Exception as error:
             failure = error
-        # First, for it may be why the call failed.
+        # First, because it can be the reason why the call failed.
         self.expect("arguments", args == before, "changed ones", place=place)
         if failure is not None:
             got = f"{type(failure).__name__}: {failure}".rstrip(". ")
@@ -96,13 +96,13 @@ class Trial:
 def counted(thing: object, counters: Mapping[str, Callable[..., None]]) -> Iterator[None]:
     """Call `counters[name](result, *args, **kwargs)` after each call of `thing`'s method `name`.
 
-    Methods that the thing does not have are left out. A method that calls another one of them is
-    counted once. The counting ends with the block.
+    Methods that the object does not have are skipped. If one of them calls another, only the outer
+    call is counted. Counting ends with the block.
 
     Raises:
-        CheckError: The thing's attributes cannot be set.
+        CheckError: The object's attributes cannot be set.
     """
-    # It is put over the methods, not around the object: other holders of the object count too.
+    # Replaces methods instead of wrapping the object, so that all references to it count.
     thing = thing.reward if isinstance(thing, ObjectReward) else thing
     before = dict(getattr(thing, "__dict__", {}))
     busy = False
@@ -129,8 +129,8 @@ def counted(thing: object, counters: Mapping[str, Callable[..., None]]) -> Itera
             object.__setattr__(thing, name, over(getattr(thing, name), counters[name]))
     except AttributeError as error:
         raise CheckError(
-            f"{type(thing).__name__}: expected that its method {name!r} can be replaced, to count "
-            f"its calls, got {error}. Remove __slots__, or check a subclass without them."
+            f"{type(thing).__name__}: expected a method {name!r} that can be replaced to count its "
+            f"calls, got {error}. Remove __slots__, or check a subclass without them."
         ) from error
     try:
         yield

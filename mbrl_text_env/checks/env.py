@@ -29,10 +29,10 @@ _TOLERANCE = 1e-9
 _MOST_SEEDS = 64
 _RULES = rules("""
 spaces | spaces | two of Gymnasium's |
-action_space | action_space of the text environment | {expected} | Make it by `task.action_space()`;
-    other actions are for a wrapper to define.
+action_space | action_space of the text environment | {expected} | Make it with
+    `task.action_space()`; define other actions in a wrapper.
 pair | {where} | a tuple (observation, info) | Return both.
-observation | {where}, observation | an element of {space} | Mind shape, dtype and bounds.
+observation | {where}, observation | an element of {space} | Check shape, dtype and bounds.
 reset | reset(seed={seed}) | the same observation, info and state every time, {first} | Draw from
     `self.np_random`, which `super().reset(seed=seed)` seeds, and clear what the last episode left.
 prompts | reset(seed=...) | different prompts for {count} seeds | Draw the prompt from
@@ -61,8 +61,8 @@ delta | reward='delta' | that they add up to the score {score:g} | Pay it once; 
     check_rewards=False if a wrapper changes the reward.
 once | reward='terminal' | one scored response, got {got} in an episode | Score it when it has
     ended: reward models are expensive.
-restored | set_state | that get_state() returns the state that was set, {state} | Restore all that
-    `step` reads.
+restored | set_state | that get_state() returns the state that was set, {state} | Restore everything
+    that `step` reads.
 copied | set_state | the same observation and info for the state and for its pickled copy | Derive
     both from the state alone.
 state | get_state | a state that can be {able} | Use a frozen dataclass.
@@ -72,35 +72,35 @@ invalid | action_space | that {case} is no element | See `ChunkRules`.
 refusal | step | {error} for {case} | Leave it to the base class.
 untouched | step | that {case}, which is refused, leaves the state as it was, {before} | Change the
     state only after everything that can fail.
-repeated | {where}, {name} | the same as the first time, {value} | What a step returns has to follow
-    from state and action alone: draw no other random numbers, keep no other state, and leave
-    timings out of info.
+repeated | {where}, {name} | the same as the first time, {value} | The result of a step must depend
+    only on state and action: draw no other random numbers, keep no other state, and leave timings
+    out of info.
 """)
 
 
 def check_text_env(
     env: gym.Env[Any, Any], *, steps: int = 50, seed: int = 0, check_rewards: bool = True
 ) -> None:
-    """Check that an environment keeps the contract of `TextGenerationEnv`.
+    """Check that an environment implements the interface of `TextGenerationEnv`.
 
-    Checked are the spaces; what `reset` and `step` return, and that it follows from the seed and
-    the actions; the endings; that the rewards of an episode make its score; that a state can be
-    pickled, hashed and restored, and that what follows is the same again; and that steps after the
-    end and actions that are no chunks are refused without a trace.
+    It checks the spaces; that seed and actions determine the results of `reset` and `step`; the
+    ends of episodes; that the return of an episode is its score; that states can be pickled, hashed
+    and restored, with the same results afterwards; and that steps after the end and invalid actions
+    are rejected without changing the state.
 
-    `gymnasium.utils.env_checker.check_env` looks at what every environment has to do; run it too.
+    Also run `gymnasium.utils.env_checker.check_env`, which checks the general Gymnasium API.
 
     Args:
-        env: A `TextGenerationEnv`, the candidate view of one, or either inside wrappers, as
-            `gym.make` returns them. Wrappers may change observations and rewards. Those that have a
-            state of their own, such as `TimeLimit`, cannot be restored and fail.
-        steps: Random steps that are taken and then repeated.
-        seed: Of the episodes and the actions.
-        check_rewards: Whether the rewards of an episode have to make its score. Pass False if a
-            wrapper changes the reward, such as `PotentialShaping`.
+        env: A `TextGenerationEnv` or `CandidateChunks`, possibly inside wrappers, as returned by
+            `gym.make`. Wrappers can change observations and rewards. Wrappers with their own state,
+            such as `TimeLimit`, cannot be restored and fail.
+        steps: Number of random steps, which are then repeated.
+        seed: Seed of the episodes and actions.
+        check_rewards: Whether the return of an episode must be its score. Pass False if a wrapper
+            such as `PotentialShaping` changes the reward.
 
     Raises:
-        CheckError: The contract is broken.
+        CheckError: A check fails.
 
     Example:
         >>> import gymnasium as gym, mbrl_text_env
@@ -125,7 +125,7 @@ def check_text_env(
 
 @dataclass(frozen=True)
 class _Step:
-    """What `step` returned, with the states around it."""
+    """The result of `step`, with the states before and after it."""
 
     before: TextState
     action: Any
@@ -143,7 +143,7 @@ class _Step:
 
 @dataclass(frozen=True)
 class _Trial(Trial):
-    """An environment under check, the text environment in it, and the layer with `get_state`."""
+    """An environment under check, its unwrapped environment, and the layer with `get_state`."""
 
     rules = _RULES
     subject = "Environment"
@@ -275,7 +275,7 @@ class _Trial(Trial):
             self.expect("delta", close, got, score=score)
 
     def check_restoring(self) -> None:
-        """Snapshot, act, restore, act again; with other episodes in between every second time."""
+        """Save, act, restore and act again; every second time, play other episodes in between."""
         for episode in (0, 1):
             self.env.reset(seed=self.seed + episode)
             actions = _Actions(self, episode)
@@ -312,7 +312,7 @@ class _Trial(Trial):
         self.expect("state", same, state, able="pickled, and equals its copy")
 
     def check_end(self) -> None:
-        """Step on after the end of an episode, and after that end was restored."""
+        """Step after the end of an episode, and after restoring that end."""
         # Every step adds a token, so an episode has at most as many steps as a response has tokens.
         last = self.played(1, [None] * self.limit)[-1]
         self.expect("end", last.ended, last.after, limit=self.limit)
@@ -362,10 +362,10 @@ class _Trial(Trial):
 
 
 class _Actions:
-    """Random actions that reach all endings.
+    """Random actions that reach both kinds of episode end.
 
-    Uniform tokens hardly ever hold the stop token of a real vocabulary, so every second episode is
-    made to stop at its second step, and the others are kept from stopping.
+    Uniform tokens rarely include the stop token of a real vocabulary. Every second episode is
+    therefore forced to stop at its second step, and the others are kept from stopping.
     """
 
     def __init__(self, trial: _Trial, episode: int = 0) -> None:

@@ -18,13 +18,13 @@ _TEXTS = ("A dog and a cat", "a b c", "Once upon a time, in a far land")
 _PROMPTS = tuple(Prompt.from_text(text, chat=False) for text in _TEXTS)
 _SAMPLES = 4
 _MANY = 16
-# Log-probabilities are rounded: a certain token may come out a hair above 0.
+# Rounding: the log-probability of a certain token can be slightly above 0.
 _ROUNDING = 1e-6
-# Samples that are all alike are a fault only where chance makes them so once in a billion times.
+# Equal samples are a fault only if their probability by chance is below one in a billion.
 _LEAST_CHANCE = math.log(1e-9)
-# The batch changes the last bits of a network's probabilities. In a large vocabulary many tokens
-# are hardly more probable than that: a draw that falls among them may give a neighbour. Where one
-# of two tokens is so improbable, the difference is taken for such a tie, up to a share of chunks.
+# The batch changes the last bits of a network's probabilities. In a large vocabulary, many tokens
+# have a probability of that size, so a draw can give another one of them. If one of two different
+# tokens is that improbable, the difference counts as a tie, up to a share of the chunks.
 _TAIL = math.log(1e-4)
 _MOST_TIES = 0.25
 _GREEDY = SamplingParams(temperature=0)
@@ -33,7 +33,7 @@ _Rows = Sequence[Sequence[Chunk]]
 _CONTRACT = ("name", "vocab_size", "stop_token_ids", "context_length", "encode_prompt", "decode")
 _RULES = rules("""
 attributes | attributes | an object with {names} | Subclass `LanguageModel`.
-name | name | a string that is not empty | Reports call it by that.
+name | name | a string that is not empty | Reports use it.
 size | {size} | an int of at least 1 | Take it from the configuration.
 stop_token_ids | stop_token_ids | a frozenset of ids from 0 to {last} | Others can never be sampled,
     so no response would end.
@@ -107,25 +107,24 @@ def check_language_model(
     seed: int = 0,
     tolerance: float = 1e-3,
 ) -> None:
-    """Check that a language model keeps the contract of `language_models.LanguageModel`.
+    """Check that a language model implements the interface of `language_models.LanguageModel`.
 
-    Checked are the tokenizer; the form of every sampled chunk; that its log-probabilities are those
-    of `logprobs`; that chunk k is a function of the state, its seed and k alone, whatever is
-    sampled beside it, before it or after it; greedy decoding; the charge to the ledgers; the
-    arguments that have to be refused; and, where the model has them, its features.
+    It checks the tokenizer; the form of sampled chunks; that their log-probabilities match
+    `logprobs`; that chunk k depends only on the state, its seed and k, and not on other samples;
+    greedy decoding; charges to the ledgers; invalid arguments; and features, if the model has them.
 
-    Check a network in float32, where rounding changes only very improbable tokens with the batch; a
-    few such differences are allowed.
+    Check a network in float32. There, the batch changes only very improbable tokens by rounding,
+    and a few such differences are allowed.
 
     Args:
         lm: A language model.
         prompts: At least one; by default plain texts. Pass chats to check a chat template.
-        max_new_tokens: Tokens a chunk, at least 2.
-        seed: Of the samples.
-        tolerance: Most that log-probabilities (nats) may differ, and features by their scale.
+        max_new_tokens: Tokens per chunk, at least 2.
+        seed: Seed of the samples.
+        tolerance: Maximum difference of log-probabilities (nats), and of features (relative).
 
     Raises:
-        CheckError: The contract is broken.
+        CheckError: A check fails.
 
     Example:
         >>> from mbrl_text_env.language_models import NGramLM
@@ -141,7 +140,7 @@ def check_language_model(
     trial.expect_attributes(lm, *_CONTRACT, "sample", "logprobs", "usage_bound")
     trial.check_tokenizer(asked)
     trial = replace(trial, states=tuple(initial(prompt, lm) for prompt in asked))
-    # Prefixes of different lengths, with and without a response, are where padding goes wrong.
+    # Prefixes of different lengths, with and without a response, reveal padding errors.
     trial = replace(trial, states=(*trial.states, *trial.continued()))
     rows = trial.draw(trial.everything)
     trial.check_logprobs(rows)
@@ -157,7 +156,7 @@ def check_language_model(
 
 @dataclass(frozen=True)
 class _Trial(Trial):
-    """A model with the states, which have not ended, that it is tried on."""
+    """A model and the (not ended) states to check it on."""
 
     rules = _RULES
     lm: Any
@@ -240,7 +239,7 @@ class _Trial(Trial):
         self.expect("logprobs", right, chunk.logprobs, count=len(ids))
 
     def continued(self) -> list[TextState]:
-        """States that go on from the first chunks, and what decoding says of those."""
+        """States that continue after the first chunks; checks that decoding drops stop tokens."""
         lm, states = self.lm, []
         for state, (chunk,) in zip(self.states, self.draw(self.everything, 1), strict=True):
             ordinary = tuple(i for i in chunk.token_ids if i not in lm.stop_token_ids)
@@ -263,7 +262,7 @@ class _Trial(Trial):
                 self.expect("model's", close, chunk.logprobs, params=params, logs=logs)
 
     def check_streams(self, rows: _Rows) -> None:
-        """Draw the same in other batches and in other portions."""
+        """Sample the same chunks in other batches and portions."""
         self.expect_same("alone", rows, [row for i in self.everything for row in self.draw([i])])
         self.expect_same("order", rows, self.draw(self.everything[::-1])[::-1])
         later = self.draw(self.everything, first_sample=_SAMPLES)
@@ -294,7 +293,7 @@ class _Trial(Trial):
             self.expect("most", chunk.logprobs[0] >= most - self.tolerance, chunk, most=most)
 
     def check_stop_texts(self, rows: _Rows) -> None:
-        """A text that a chunk contains before its end cuts the chunk short there."""
+        """Check that a stop text inside a chunk ends the chunk there."""
         lm = self.lm
         for i, (chunk, *_) in enumerate(rows):
             texts = [lm.decode(chunk.token_ids[:n]) for n in range(1, len(chunk))]
@@ -311,7 +310,7 @@ class _Trial(Trial):
             self.expect("goes on", cut.finish_reason is None, cut, stop=stop)
 
     def check_repeating(self, rows: _Rows) -> None:
-        """Draw the same once more, this time with ledgers, and look at what they say."""
+        """Sample the same chunks again with ledgers, and check the charges."""
         ledgers = [Ledger() for _ in self.states]
         again = self.draw(self.everything, ledgers=ledgers)
         self.expect_same("again", rows, again)
@@ -361,7 +360,7 @@ class _Trial(Trial):
         self.expect("batch", close, f"a difference of {difference:g}", most=self.tolerance)
 
     def expect_same(self, rule: str, rows: _Rows, others: _Rows, **facts: object) -> None:
-        """Compare chunks by their tokens; a few may differ by a rounding tie."""
+        """Compare the tokens of chunks; a few can differ by a rounding tie."""
         differences = [
             (f"{a.token_ids} and {b.token_ids} for state {i}, sample {k}", _is_tie(a, b))
             for i, (row, other) in enumerate(zip(rows, others, strict=True))

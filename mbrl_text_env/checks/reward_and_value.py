@@ -27,10 +27,10 @@ from mbrl_text_env.values import (
     value_usage_bound,
 )
 
-# The batch around a response may change the rounding of a network's score, no more.
+# The batch may change a network's score only by rounding.
 _TOLERANCE = 1e-5
 _ROUNDING = 1e-9
-# Places at which a response is cut to try bounds.
+# Number of prefixes of a response to check bounds on.
 _CUTS = 16
 
 _PROMPTS = (
@@ -56,9 +56,9 @@ _RESPONSES = (
 )
 _STEPS = (["One and one is two."], ["", "So x = 2. ", "日本 🙂", "x = 2. " * 200])
 _REWARD_RULES = rules("""
-attributes | attributes | an object with {names} | Add them; a function is made a reward model by
+attributes | attributes | an object with {names} | Add them; convert a function with
     `rewards.as_reward_model(function)`.
-name | name | a string that is not empty | Reports call it by that.
+name | name | a string that is not empty | Reports use it.
 applies_to | applies_to | True for at least one of {count} prompts | Pass prompts with the metadata
     that it needs.
 failure | {place} | scores for {size} texts, among them empty, long and Unicode ones | Decide what
@@ -87,7 +87,7 @@ within | flops | numbers from 0 to flops_bound(), {most:g} | Agents set it aside
 """)
 _VALUE_RULES = rules("""
 attributes | attributes | an object with {names} | Subclass `ValueModel`.
-is_fitted | is_fitted | True | Fit it, or load a fitted one, before.
+is_fitted | is_fitted | True | Fit it first, or load a fitted one.
 arguments | {place} | that the list of states is left as it is | Work on a copy: planners go on
     using it.
 failure | {place} | values of {size} states | Every state of a prompt that the model is meant for
@@ -113,22 +113,22 @@ def check_reward_model(
     prompts: Sequence[Prompt] | None = None,
     responses: Sequence[str] | None = None,
 ) -> None:
-    """Check that a reward model keeps the contract of `rewards.RewardModel`.
+    """Check that a reward model implements the interface of `rewards.RewardModel`.
 
-    Checked are the name; one finite score a response, the same in every call, whatever the order
-    and the rest of the batch (up to 1e-5); that the arguments are left as they are; and, where the
+    It checks the name; that each response has one finite score, which does not depend on the call,
+    the order or the rest of the batch (up to 1e-5); that arguments are not changed; and, if the
     model has them, `score_parts`, `bound`, `flops`, `flops_bound` and `score_steps`.
 
     Args:
-        reward_model: A reward model; a function is made one by `rewards.as_reward_model`.
-        prompts: By default questions, a chat, a continuation, and one with constraints; pass
-            prompts with the metadata that the model needs. Those that it does not apply to are left
-            out.
-        responses: By default short, long, empty and Unicode ones. Response i answers prompt i; of
-            the shorter list the first ones are used again.
+        reward_model: A reward model; convert a function with `rewards.as_reward_model`.
+        prompts: Prompts with the metadata that the model needs; by default questions, a chat, a
+            continuation and a prompt with constraints. Prompts that the model does not apply to are
+            left out.
+        responses: By default short, long, empty and Unicode responses. Response i answers prompt
+            i; the shorter list is repeated.
 
     Raises:
-        CheckError: The contract is broken.
+        CheckError: A check fails.
 
     Example:
         >>> class Length:
@@ -146,7 +146,7 @@ def check_reward_model(
     asked = [prompt for prompt in given if model.applies_to(prompt)]
     trial.expect("applies_to", asked, "none", count=len(given))
     answers = _RESPONSES if responses is None else responses
-    # The first pair comes a second time: what is scored twice in a batch scores the same.
+    # The first pair is repeated: both copies must have the same score.
     rows = [*range(max(len(asked), len(answers))), 0]
     trial.model = model
     trial.prompts = [asked[row % len(asked)] for row in rows]
@@ -171,14 +171,14 @@ class _RewardTrial(Trial):
         self.subject = subject
 
     def score(self, rows: Sequence[int]) -> FloatArray:
-        """Scores of some rows, each checked to be one finite number a response."""
+        """Scores of some rows, checked to be one finite number per response."""
         prompts, responses = [self.prompts[i] for i in rows], [self.responses[i] for i in rows]
         return self.finite(
             "score", self.called("score", self.model.score, prompts, responses), responses
         )
 
     def finite(self, place: str, raw: Any, texts: Sequence[str]) -> FloatArray:
-        """What a model returned, as float64[len(texts)]."""
+        """The values that a model returned, as float64[len(texts)]."""
         try:
             values = np.asarray(raw, dtype=np.float64)
         except (TypeError, ValueError):
@@ -216,9 +216,9 @@ class _RewardTrial(Trial):
             self.finite(f"{place}, part {part!r}", values, self.responses)
 
     def check_bounds(self) -> None:
-        """No beginning of a response may be bound below the score of any that goes on from it.
+        """The bound of a prefix must be at least the score of every continuation.
 
-        Where a bound falls, other responses are tried as continuations, too.
+        If a bound decreases, other responses are also tried as continuations.
         """
         scores = self.score(range(len(self.responses)))
         for prompt, text, score in zip(self.prompts, self.responses, scores, strict=True):
@@ -268,31 +268,31 @@ class _RewardTrial(Trial):
 def check_value_model(
     value_model: Any, states: Sequence[TextState], *, tolerance: float = 1e-5
 ) -> None:
-    """Check that a value model keeps the contract of `values.ValueModel`.
+    """Check that a value model implements the interface of `values.ValueModel`.
 
-    Checked are that it is fitted; one finite mean and one finite standard deviation of at least 0
-    for each state, the same in every call, whatever the order and the rest of the batch; the empty
-    batch; that ledgers change nothing and are each charged what their state takes, never more than
-    the bound that a planner sets aside; and that it comes back from a pickle as it was.
+    It checks that the model is fitted; that each state has a finite mean and a finite standard
+    deviation of at least 0, which do not depend on the call, the order or the rest of the batch;
+    the empty batch; that ledgers do not change predictions, and each is charged the cost of its
+    state, never more than the bound; and that a pickled copy makes the same predictions.
 
     Args:
-        value_model: A value model that can predict.
-        states: At least two, of the prompts, tokenizer and reward that it is meant for. Prefixes of
-            different lengths, an empty one among them, are where faults show.
-        tolerance: Most that a prediction may differ with the batch, relative to the largest, or
-            absolute below 1.
+        value_model: A fitted value model.
+        states: At least two states with the prompts and tokenizer that the model supports.
+            Use prefixes of different lengths, including an empty one.
+        tolerance: Maximum difference of a prediction between batches, relative to the largest
+            prediction, or absolute if that is below 1.
 
     Raises:
-        CheckError: The contract is broken.
+        CheckError: A check fails.
 
     Example:
-        >>> from mbrl_text_env.types import initial
+        >>> from mbrl_text_env.mdp import initial
         >>> prompts = [Prompt.from_text("Hi"), Prompt.from_text("Why?")]  # doctest: +SKIP
         >>> check_value_model(value, [initial(p, lm) for p in prompts])  # doctest: +SKIP
     """
     if len(states) < 2:
         raise ValueError(f"states: expected at least 2, got {len(states)}.")
-    # The first state comes a second time: what is asked twice in a batch is answered the same.
+    # The first state is repeated: both copies must have the same value.
     trial = _ValueTrial(value_model, [*states, states[0]], tolerance)
     trial.expect_attributes(value_model, "predict")
     fitted = getattr(value_model, "is_fitted", True)
@@ -314,7 +314,7 @@ def check_value_model(
 
 @dataclass
 class _ValueTrial(Trial):
-    """A value model with the states that it is tried on."""
+    """A value model and the states to check it on."""
 
     rules = _VALUE_RULES
     model: Any
@@ -363,7 +363,7 @@ class _ValueTrial(Trial):
     def check_amounts(self, place: str, state: TextState, usage: Usage, bound: Usage) -> None:
         self.expect("value_calls", usage.value_calls == 1, usage, place=place)
         size = len(state.response_ids)
-        # What is read from a cache costs nothing, and nobody knows beforehand how long it takes.
+        # Cached tokens cost nothing, and seconds are not known in advance.
         for name in (f.name for f in fields(Usage) if f.name not in ("seconds", "cached_tokens")):
             amount, most = getattr(usage, name), getattr(bound, name)
             within = 0 <= amount <= most * (1 + _ROUNDING)

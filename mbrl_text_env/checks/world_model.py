@@ -38,20 +38,20 @@ pickle | pickle | an object that can be pickled | Define functions of features i
 def check_world_model(
     dynamics: Any, states: Sequence[TextState], horizon: int | None = None
 ) -> None:
-    """Check that dynamics keep the contract of `world_model.Dynamics`.
+    """Check that dynamics implement the interface of `world_model.Dynamics`.
 
-    Checked are shapes and types of futures; that counts, tokens and lengths never fall below the
-    state's; that all futures to the end have ended, and those with a horizon stop in time; the same
-    futures in every call, whatever the order and the rest of the batch; the empty batch; that ended
-    states and horizons beyond the records are refused; charges; and that it can be pickled.
+    It checks shapes and types of futures; that counts and lengths never fall below the state's;
+    that futures to the end have ended, and others stop at the horizon; that futures do not depend
+    on the call, the order or the rest of the batch; the empty batch; that ended states and horizons
+    beyond the records are rejected; charges; and pickling.
 
     Args:
-        dynamics: Fitted.
-        states: At least two that have not ended, of different lengths.
-        horizon: Tokens ahead that they can predict; None where they predict the end alone.
+        dynamics: Fitted dynamics.
+        states: At least two states of different lengths that have not ended.
+        horizon: A supported horizon in tokens; None if they only predict the end.
 
     Raises:
-        CheckError: The contract is broken.
+        CheckError: A check fails.
 
     Example:
         >>> check_world_model(dynamics, states, horizon=8)  # doctest: +SKIP

@@ -1,4 +1,4 @@
-"""Folders that what was fitted is kept in: numbers in JSON and safetensors, nothing to execute."""
+"""Save fitted models in folders of JSON and safetensors, without executable code."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mbrl_text_env.runs import writing
 
 Arrays = dict[str, npt.NDArray[Any]]
 
-# What `predict` and `transform` need, by the estimator's class; other estimators say `numbers_`.
+# The attributes that `predict` and `transform` need, by class; other estimators have `numbers`.
 _NUMBERS: Mapping[str, tuple[str, ...]] = {
     "StandardScaler": ("mean_", "scale_", "var_"),
     "PCA": ("mean_", "components_"),
@@ -27,7 +27,7 @@ _NUMBERS: Mapping[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class FolderKind:
-    """How one kind of fitted thing is kept, and what is raised and said where that fails."""
+    """The file names of one kind of fitted model, and the error and words for messages."""
 
     noun: str
     writer: str
@@ -37,7 +37,7 @@ class FolderKind:
     error: type[Exception]
 
     def check_target(self, folder: str | Path) -> None:
-        """Refuse to write over a file, or a folder with other things in it."""
+        """Raise an error if the target is a file or a folder with other files."""
         path = Path(folder)
         is_other = path.is_dir() and any(path.iterdir()) and not (path / self.config).is_file()
         if is_other or (path.exists() and not path.is_dir()):
@@ -48,7 +48,7 @@ class FolderKind:
 
     @contextmanager
     def writing(self, folder: str | Path) -> Iterator[Path]:
-        """A scratch folder that takes the place of `folder`, whole or not at all."""
+        """Yield a scratch folder that replaces `folder` atomically."""
         self.check_target(folder)
         with writing(Path(folder), self.error), write_folder(folder) as scratch:
             yield scratch
@@ -60,18 +60,18 @@ class FolderKind:
         (folder / self.config).write_text(text, encoding="utf-8")
 
     def write(self, folder: str | Path, config: Mapping[str, Any], arrays: Arrays) -> None:
-        """Write JSON and arrays; one of this kind that is there is replaced."""
+        """Write JSON and arrays; replaces a folder of the same kind."""
         from safetensors.numpy import save
 
         with self.writing(folder) as scratch:
             self.write_config(scratch, config)
-            # As bytes: `save_file` makes files for their owner's eyes only.
+            # As bytes, because `save_file` makes files that only their owner can read.
             whole = {name: np.ascontiguousarray(values) for name, values in arrays.items()}
             (scratch / self.weights).write_bytes(save(whole))
 
     @contextmanager
     def reading(self, folder: str | Path) -> Iterator[tuple[dict[str, Any], Callable[[], Arrays]]]:
-        """The JSON file, and what reads the arrays; errors of the block are a damaged folder's."""
+        """Yield the JSON values and a reader of the arrays; errors mean a damaged folder."""
         from safetensors import SafetensorError
         from safetensors.numpy import load_file
 
@@ -100,7 +100,7 @@ class FolderKind:
 
 
 def numbers_of(estimator: Any, name: str) -> Arrays:
-    """The fitted numbers of an estimator of a known class, as arrays whose names begin so."""
+    """The fitted arrays of an estimator of a known class, with names that start with `name`."""
     return {
         f"{name}.{place}.{attribute}": np.asarray(getattr(step, attribute))
         for place, step in _steps(estimator)
@@ -109,7 +109,7 @@ def numbers_of(estimator: Any, name: str) -> Arrays:
 
 
 def with_numbers(estimator: Any, arrays: Arrays, name: str) -> Any:
-    """The estimator, which was not fitted, with the numbers that `numbers_of` gave."""
+    """Set the arrays of `numbers_of` on an unfitted estimator, and return it."""
     for place, step in _steps(estimator):
         found = {name_: arrays[f"{name}.{place}.{name_}"] for name_ in _attributes(step)}
         vars(step).update(found)

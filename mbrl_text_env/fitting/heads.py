@@ -1,7 +1,7 @@
-"""Heads that scikit-learn does not have ready, and how one of several heads is chosen.
+"""Regression heads that scikit-learn does not provide, and the selection of the best head.
 
-A head is an estimator of scikit-learn: it has `fit(inputs, scores)` and `predict(inputs)`, asks no
-model that costs something, and so can be fitted often on features that were paid for once.
+A head is a scikit-learn estimator with `fit(inputs, scores)` and `predict(inputs)`. It does not
+call other models, so it can be fitted many times on features that were computed once.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from mbrl_text_env.fitting.report import IntArray, Samples, root_mean_square, wi
 from mbrl_text_env.types import FloatArray
 
 Head = Any
-"""An estimator of scikit-learn, a `Pipeline` too."""
+"""A scikit-learn estimator or `Pipeline`."""
 
 _FOLDS = 5
-# Rows that a standard deviation, or a line, is estimated from; lengths with fewer are pooled.
+# Minimum rows to estimate a standard deviation or a line; lengths with fewer are pooled.
 _LEAST_ROWS = 20
-# Relative variance that is rounding.
+# Relative variances below this are rounding errors.
 _TINY = 1e-18
 
 
 def scaled_ridge(alpha: float) -> Pipeline:
-    """Ridge regression whose penalty is on inputs of variance 1."""
+    """Ridge regression on inputs scaled to variance 1."""
     return make_pipeline(StandardScaler(), Ridge(alpha=alpha))
 
 
 class LinePerLength(RegressorMixin, BaseEstimator):
-    """A least-squares line in the first input for every value of the second, a length.
+    """A least-squares line in the first input for each length, the second input.
 
-    Neighbouring lengths with few rows share a line; between `knots_` lines are interpolated.
+    Neighbouring lengths with few rows share a line; lines are interpolated between `knots_`.
     """
 
     numbers = ("knots_", "slopes_", "intercepts_")
@@ -58,21 +58,21 @@ class LinePerLength(RegressorMixin, BaseEstimator):
         return self
 
     def predict(self, inputs: FloatArray) -> FloatArray:
-        """float64[B] for float64[B, 2]; outside the knots the nearest line holds."""
+        """Predict float64[B] from float64[B, 2]; the nearest line is used outside the knots."""
         first, lengths = inputs[:, 0], inputs[:, 1]
         slopes = np.interp(lengths, self.knots_, self.slopes_)
         return np.asarray(np.interp(lengths, self.knots_, self.intercepts_) + slopes * first)
 
 
 class HeldOut(NamedTuple):
-    """Predictions float64[N] from heads fitted on other prompts, and each row's fold, int64[N]."""
+    """Held-out predictions float64[N], and the fold of each row, int64[N]."""
 
     mean: FloatArray
     folds: IntArray
 
 
 def held_out(head: Head, samples: Samples) -> HeldOut | None:
-    """Predict each prompt's rows from the other prompts'; None where there is only one prompt."""
+    """Cross-validated predictions, grouped by prompt; None if there is only one prompt."""
     if samples.num_prompts < 2:
         return None
     parts = GroupKFold(min(_FOLDS, samples.num_prompts))
@@ -84,11 +84,11 @@ def held_out(head: Head, samples: Samples) -> HeldOut | None:
 
 
 def choose(heads: Mapping[str, Head], samples: Samples) -> tuple[str, HeldOut | None]:
-    """The name of the head that ranks best within prompts left out, and its predictions.
+    """The name of the head that ranks best within held-out prompts, and its predictions.
 
-    Search chooses among responses to one prompt, so the correlation within a prompt decides;
-    without one, or where all are further off than the mean score, the squared error. The first of
-    equals is taken.
+    Search chooses among responses to one prompt, so the correlation within prompts decides. The
+    squared error decides if there is no such correlation or all heads are worse than the mean
+    score. Of equal heads, the first is chosen.
     """
     found = {name: held_out(head, samples) for name, head in heads.items()}
 
@@ -107,14 +107,14 @@ def choose(heads: Mapping[str, Head], samples: Samples) -> tuple[str, HeldOut | 
 
 
 class Spread(NamedTuple):
-    """A standard deviation by prefix length: float64[K] at increasing lengths, interpolated."""
+    """Standard deviation by prefix length, float64[K], interpolated between the lengths."""
 
     knots: FloatArray
     stds: FloatArray
 
     @classmethod
     def fit(cls, errors: FloatArray, lengths: IntArray) -> Spread:
-        """Root mean square of errors by length."""
+        """Fit the root mean square of errors by length."""
         bins = length_bins(lengths)
         return cls(
             np.asarray([lengths[rows].mean() for rows in bins], dtype=np.float64),
@@ -122,12 +122,12 @@ class Spread(NamedTuple):
         )
 
     def at(self, lengths: Any) -> FloatArray:
-        """float64[B] for int[B]."""
+        """Standard deviations float64[B] at lengths int[B]."""
         return np.interp(np.asarray(lengths, dtype=np.float64), self.knots, self.stds)
 
 
 def cross_spread(guess: HeldOut, samples: Samples) -> FloatArray:
-    """float64[N]: the standard deviation of each row by the errors of the other parts' rows."""
+    """Standard deviation of each row, float64[N], from the errors in the other folds."""
     errors = guess.mean - samples.scores
     stds = np.zeros(len(samples))
     for fold in np.unique(guess.folds):
@@ -137,7 +137,7 @@ def cross_spread(guess: HeldOut, samples: Samples) -> FloatArray:
 
 
 def length_bins(lengths: IntArray, least: int = _LEAST_ROWS) -> list[IntArray]:
-    """Row indices by length, neighbouring lengths together where one has too few rows."""
+    """Row indices by length; neighbouring lengths are merged if one has too few rows."""
     bins: list[IntArray] = []
     for length in np.unique(lengths):
         rows = np.flatnonzero(lengths == length)

@@ -1,7 +1,7 @@
-"""What heads are fitted on, and one report: how good a fit is on prompts that it has not seen.
+"""Samples to fit heads on, and reports of their quality on held-out prompts.
 
-Data is divided by prompt, never by row: responses to one prompt resemble each other, and a head
-that has seen some of them would seem better on the others than it is.
+Data is split by prompt, never by row: responses to one prompt are similar, so a split by row would
+overestimate the quality.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ _BINS = 5
 
 
 class FitError(ValueError):
-    """Data that nothing can be fitted on, or arguments that do not fit each other."""
+    """Data that is not sufficient for a fit, or inconsistent arguments."""
 
 
 def one_reward(records: Sequence[Record], error: type[Exception] = FitError) -> str:
-    """The reward that scored the records; an `error` where there are several."""
+    """The name of the reward that scored the records; `error` if there are several."""
     names = sorted({record.reward_name for record in records})
     if len(names) > 1:
         raise error(
@@ -45,11 +45,11 @@ def one_reward(records: Sequence[Record], error: type[Exception] = FitError) -> 
 
 @dataclass(frozen=True)
 class Samples:
-    """N rows of features, float64[N, d], with what their responses scored in the end.
+    """N rows of features, float64[N, d], with the final scores of their responses.
 
     Args:
-        lengths: int64[N], tokens of each prefix; all 0 where nothing is cut by tokens.
-        groups: int64[N], number of the prompt.
+        lengths: int64[N], tokens of each prefix; all 0 if the rows are not prefixes.
+        groups: int64[N], index of the prompt.
     """
 
     inputs: FloatArray
@@ -61,17 +61,17 @@ class Samples:
         return len(self.scores)
 
     def rows(self, which: Any) -> Samples:
-        """Some of the rows, by a mask or by indices."""
+        """Select rows by a mask or by indices."""
         return Samples(*(values[which] for values in vars(self).values()))
 
     @property
     def num_prompts(self) -> int:
-        """Different prompts."""
+        """Number of different prompts."""
         return len(np.unique(self.groups))
 
 
 def split_by_group(groups: Sequence[Hashable], held_out: float, seed: int) -> npt.NDArray[np.bool_]:
-    """Which rows are held out: bool[B]; all rows of a group are, or none. At least five groups."""
+    """A mask of held-out rows, bool[B], split by group; needs at least five groups."""
     if not 0 < held_out < 1:
         raise FitError(f"held_out: expected a number between 0 and 1, got {held_out!r}.")
     distinct = list(dict.fromkeys(groups))
@@ -80,7 +80,7 @@ def split_by_group(groups: Sequence[Hashable], held_out: float, seed: int) -> np
             f"Expected at least {_LEAST_PROMPTS} different prompts, to fit on some and measure on "
             f"others, got {len(distinct)} in {len(groups)} rows. Add data of other prompts."
         )
-    # At least one prompt is measured on, and at least three are fitted on.
+    # At least one prompt is held out, and at least three are left to fit on.
     count = min(max(1, round(held_out * len(distinct))), len(distinct) - 3)
     order = np.random.default_rng(seed).permutation(len(distinct))
     chosen = {distinct[i] for i in order[:count]}
@@ -89,7 +89,7 @@ def split_by_group(groups: Sequence[Hashable], held_out: float, seed: int) -> np
 
 @dataclass(frozen=True)
 class LengthReport:
-    """The part of a `FitReport` for one length: tokens, or of complete responses characters."""
+    """The part of a `FitReport` for one length, in tokens (complete responses: characters)."""
 
     length: int
     num_prefixes: int
@@ -100,7 +100,7 @@ class LengthReport:
 
 @dataclass(frozen=True)
 class CalibrationBin:
-    """Pairs of which the model is about as sure: its probability, and how often it is right."""
+    """Pairs with similar confidence: mean predicted probability, and observed accuracy."""
 
     low: float
     high: float
@@ -111,25 +111,25 @@ class CalibrationBin:
 
 @dataclass(frozen=True)
 class FitReport:
-    """How well predictions do on prompts that were left out; NaN is what was not measured.
+    """Quality of predictions on held-out prompts; NaN means not measured.
 
     Args:
         correlation: Pearson correlation of prediction and final score over all rows.
-        within_prompt: The same after the mean of each prompt's rows of one length is taken off
-            both: what a choice among responses to one prompt can use. NaN where no prompt has two
-            different scores.
-        std: Root mean square of the prediction's error; the scores' standard deviation where there
-            is one prompt alone, and all else is NaN.
-        num_prefixes: Rows: prefixes, or complete responses.
-        within_one_std, within_two_std: Share of the errors within one and two predicted standard
-            deviations: 0.68 and 0.95 if that is right.
+        within_prompt: The same after subtracting from both the mean of each prompt and length; it
+            measures how well responses to one prompt are ranked. NaN if no prompt has two different
+            scores.
+        std: Root mean square of the prediction error. With only one prompt, the standard deviation
+            of the scores; all other figures are then NaN.
+        num_prefixes: Number of rows: prefixes, or complete responses.
+        within_one_std, within_two_std: Share of errors within one and two predicted standard
+            deviations; 0.68 and 0.95 for a correct standard deviation.
         z_std: Root mean square of the errors in units of the predicted standard deviation; above 1
             if that is too small.
-        by_length: The same figures by length; empty where there are none.
-        r2: 1 - squared error / variance of the scores; below 0 the mean is the better prediction.
+        by_length: The same figures by length; empty if there are no lengths.
+        r2: 1 - squared error / variance of the scores; below 0, the mean score predicts better.
         num_pairs: Pairs of responses to a prompt of which one is known to be better.
-        accuracy: Share of the pairs whose better response scores higher; a tie counts half.
-        longer_wins: That of preferring the longer response, the usual confound.
+        accuracy: Share of pairs in which the better response scores higher; a tie counts half.
+        longer_wins: Accuracy of always preferring the longer response, the usual confounder.
         log_loss: Mean of -log sigmoid(chosen - rejected), in nats; log 2 = 0.693 is chance.
         ece: Expected calibration error, over the bins of `calibration` from 0.5 to 1.
         chance: Accuracy of guessing.
@@ -158,7 +158,7 @@ class FitReport:
 def value_report(
     mean: FloatArray | None, std: FloatArray | None, samples: Samples, num_records: int
 ) -> FitReport:
-    """Compare held-out predictions of prefixes with the scores; None where there could be none."""
+    """Compare held-out predictions of prefixes with the scores; `mean` is None if not possible."""
     sizes = num_records, samples.num_prompts
     if mean is None or std is None:
         deviation = float(np.std(samples.scores))
@@ -180,7 +180,7 @@ def value_report(
 def regression_report(
     predicted: FloatArray, scores: FloatArray, groups: Sequence[Hashable], lengths: npt.ArrayLike
 ) -> FitReport:
-    """Measure predicted against known scores of complete responses, with their characters."""
+    """Compare predicted and known scores of complete responses; `lengths` are in characters."""
     index = np.unique([str(group) for group in groups], return_inverse=True)[1].reshape(-1)
     characters = np.asarray(lengths)
     together = Samples(predicted[:, None], scores, np.zeros(len(scores), np.int64), index)
@@ -210,8 +210,8 @@ def pair_report(
     """Measure scores of preference pairs; `lengths`, int[B, 2], are the responses' characters.
 
     A preference has the Bradley-Terry probability sigmoid(chosen - rejected). The calibration curve
-    is that of the response which the model prefers, from 0.5 to 1. Source: Guo et al., "On
-    Calibration of Modern Neural Networks", ICML 2017 (bins of equal width).
+    is for the response that the model prefers, from 0.5 to 1. Source: Guo et al., "On Calibration
+    of Modern Neural Networks", ICML 2017 (bins of equal width).
     """
     margins = np.asarray(chosen, dtype=np.float64) - np.asarray(rejected, dtype=np.float64)
     confidence = expit(np.abs(margins))
@@ -242,7 +242,7 @@ def bradley_terry_loss(margins: FloatArray) -> float:
 
 
 def within_prompt(mean: FloatArray, samples: Samples) -> float:
-    """Correlation after each prompt's and length's mean is taken off; NaN where nothing is left."""
+    """Correlation after subtracting the mean of each prompt and length; NaN if nothing varies."""
     cells = np.stack([samples.groups, samples.lengths])
     index: IntArray = np.unique(cells, axis=1, return_inverse=True)[1]
     index = index.reshape(-1)  # NumPy 2.0 gave it another shape
@@ -250,13 +250,13 @@ def within_prompt(mean: FloatArray, samples: Samples) -> float:
     centred = []
     for values in (mean, samples.scores):
         rest = values - (np.bincount(index, values) / counts)[index]
-        # What rounding leaves of equal values is nothing.
+        # Differences at rounding level count as 0.
         centred.append(np.where(np.abs(rest) <= _TINY * np.abs(values).max(), 0.0, rest))
     return correlation(*centred)
 
 
 def correlation(a: FloatArray, b: FloatArray) -> float:
-    """Pearson correlation; NaN where one of the two does not vary."""
+    """Pearson correlation; NaN if one of the two does not vary."""
     if len(a) < 2 or any(np.ptp(v) <= _TINY * np.abs(v).max() for v in (a, b)):
         return _NAN
     return float(np.corrcoef(a, b)[0, 1])

@@ -1,12 +1,12 @@
-"""Untrusted Python programs, each run in a box of its own.
+"""Run untrusted Python programs, each in its own sandbox.
 
     >>> from mbrl_text_env.sandbox import Limits, run_program
     >>> run_program("print(6 * 7)", limits=Limits(wall_seconds=2)).stdout  # doctest: +SKIP
     '42\\n'
 
-Nothing is assumed of a program: it may be written to do harm, and know this code. docs/sandbox.md
-says what is protected, how, and what is not. What a program prints and its exit code are its own
-word: a score that is read from them can be forged. `rewards.UnitTestReward` does it otherwise.
+A program can be malicious and know this code. docs/sandbox.md describes what is protected, how, and
+what is not. A program controls its own output and exit code, so a score that is read from them can
+be forged. `rewards.UnitTestReward` does not rely on them.
 """
 
 from mbrl_text_env.sandbox.programs import (

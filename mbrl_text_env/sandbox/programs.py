@@ -1,7 +1,7 @@
-"""Run untrusted programs, each in a box of its own: the caller's side.
+"""Run untrusted programs, each in its own sandbox: the caller's side.
 
-What is run, with which limits, and what comes of it; whether this machine has what a box needs; the
-orders to the helper process (`_supervisor`); and what a box shows of the host's files.
+It defines programs, limits and results, checks whether this machine supports the sandbox, sends
+orders to the helper process (`_supervisor`), and selects the host files that a program can read.
 """
 
 from __future__ import annotations
@@ -30,35 +30,34 @@ from mbrl_text_env.sandbox import _kernel
 MIB = 1 << 20
 
 Reason = Literal["wall", "cpu", "memory", "output"]
-"""The limit for which a program was ended."""
+"""The limit that ended a program."""
 
 
 class SandboxError(RuntimeError):
-    """A program could not be run, through no fault of its own."""
+    """A program could not be run, for a reason outside of the program."""
 
 
 class SandboxUnavailable(SandboxError):  # noqa: N818 - a state of the machine, not a mistake
-    """This machine lacks something that the sandbox needs; the message names each and a remedy."""
+    """This machine does not support the sandbox; the message lists the reasons and remedies."""
 
 
 class SandboxWarning(UserWarning):
-    """A program is run with less protection than the sandbox gives, as was asked for."""
+    """A program runs without the sandbox's protection, because of `allow_weaker=True`."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a program may use; all of it positive.
+    """Limits of a program; all must be positive.
 
     Args:
-        cpu_seconds: Processor time of all its processes together, measured every 20 ms.
-        wall_seconds: Time from its start to its end.
+        cpu_seconds: CPU time of all its processes together, measured every 20 ms.
+        wall_seconds: Time from start to end.
         memory_bytes: Address space of each process (RLIMIT_AS), and private resident memory of all
-            together (measured every 20 ms). An interpreter takes about 20 MiB.
-        disk_bytes: All that it writes to its folder, /tmp and /dev/shm together, and the size of
-            one file.
-        max_files: Files and folders there.
-        processes: Processes and threads at one time, itself included.
-        output_bytes: Standard output and standard error together.
+            processes together (measured every 20 ms). An interpreter takes about 20 MiB.
+        disk_bytes: Total data in its folder, /tmp and /dev/shm, and the size of any one file.
+        max_files: Number of files and folders there.
+        processes: Number of simultaneous processes and threads, including the program itself.
+        output_bytes: Size of standard output and standard error together.
     """
 
     cpu_seconds: float = 5.0
@@ -77,15 +76,15 @@ class Limits:
 
 @dataclass(frozen=True)
 class Program:
-    """A Python program, what it reads, and the files that it finds in its folder.
+    """A Python program with its standard input and files.
 
     Args:
-        source: The program, which becomes `main.py` in its folder.
-        stdin: What it reads from standard input.
-        files: Texts or bytes by their paths in the program's folder, in which they have to stay.
-        limits: Its own limits; None for those of the call.
-        stdin_path: Whether it finds its standard input as the file `/dev/stdin`, too, as after
-            `python main.py < input`. False where a part of the program is not to read it.
+        source: The source code, saved as `main.py` in the program's folder.
+        stdin: Standard input.
+        files: Texts or bytes by relative path in the program's folder.
+        limits: Limits of this program; None for those of the call.
+        stdin_path: Whether standard input is also available as the file `/dev/stdin`, as after
+            `python main.py < input`. Use False if a part of the program must not read it.
     """
 
     source: str
@@ -106,17 +105,17 @@ class Program:
 
 @dataclass(frozen=True)
 class ProgramResult:
-    """How a program ended, and what it printed.
+    """The output of a program and the way it ended.
 
     Args:
-        exit_code: What it returned; None if a signal or a limit ended it.
-        signal: The number of the signal that ended it, if one did and no limit was the reason.
-        reason: The limit for which it was ended, or None. A program that fails to get memory, or
-            disk, or a process, is not ended: it gets an error from the system.
-        stdout: What it printed, up to the limit; bytes that are no UTF-8 are replaced.
-        stderr: The same of standard error.
-        cpu_seconds: Processor time of all its processes and of building the box (10 ms).
-        seconds: Time from its start to the end of the last of its processes.
+        exit_code: Exit code; None if a signal or a limit ended the program.
+        signal: Number of the signal that ended it, unless a limit was the reason.
+        reason: The limit that ended it, or None. A program that cannot allocate memory, disk space
+            or a process is not ended: it gets an error from the system.
+        stdout: Standard output, up to the limit; invalid UTF-8 is replaced.
+        stderr: Standard error, likewise.
+        cpu_seconds: CPU time of all its processes and of building the sandbox (10 ms).
+        seconds: Time from start to the end of the last of its processes.
         total_seconds: Time from the call to the result.
     """
 
@@ -131,7 +130,7 @@ class ProgramResult:
 
     @property
     def timed_out(self) -> bool:
-        """Whether the limit of wall time or of processor time ended it."""
+        """Whether the limit of wall time or CPU time ended it."""
         return self.reason in ("wall", "cpu")
 
 
@@ -143,19 +142,19 @@ def run_program(
     limits: Limits | None = None,
     allow_weaker: bool = False,
 ) -> ProgramResult:
-    """Run an untrusted Python program in a box of its own; see the package for what that is.
+    """Run an untrusted Python program in its own sandbox.
 
     Args:
-        source, stdin, files: See `Program`. It runs with the standard library alone, hash seed 0
-            and UTF-8.
+        source, stdin, files: See `Program`. It runs with only the standard library, hash seed 0 and
+            UTF-8.
         limits: None for `Limits()`.
-        allow_weaker: If this machine lacks what the sandbox needs, run the program with limits and
-            a process group alone, warning once: it can read, write and connect to whatever the
-            caller can.
+        allow_weaker: If this machine does not support the sandbox, run the program with only limits
+            and a process group, and warn once. The program can then read, write and connect to
+            everything that the caller can.
 
     Raises:
-        SandboxUnavailable: The machine lacks something, and `allow_weaker` is False.
-        SandboxError: The box could not be built, or its supervisor died.
+        SandboxUnavailable: The machine does not support the sandbox, and `allow_weaker` is False.
+        SandboxError: The sandbox could not be built, or its supervisor died.
 
     Example:
         >>> run_program("print(6 * 7)").stdout  # doctest: +SKIP
@@ -174,12 +173,12 @@ def run_programs(
     workers: int | None = None,
     allow_weaker: bool = False,
 ) -> list[ProgramResult]:
-    """Run programs, several at a time; results are in their order, errors as by `run_program`.
+    """Run programs in parallel; return results in order. For errors see `run_program`.
 
     Args:
-        programs: The programs; each has a box of its own. After an error no more are started.
-        limits: The limits of those that have none of their own; None for `Limits()`.
-        workers: How many run at a time; None for as many as this process has processors.
+        programs: The programs; each has its own sandbox. After an error no more are started.
+        limits: Limits of the programs without their own; None for `Limits()`.
+        workers: Number of programs to run at a time; None for the number of available CPUs.
         allow_weaker: See `run_program`.
     """
     if workers is not None and workers < 1:
@@ -187,7 +186,7 @@ def run_programs(
     if not programs:
         return []
     strong = _is_strong(allow_weaker)
-    # macOS has no affinities.
+    # macOS has no CPU affinity.
     processors = len(getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))(0))
     count = min(workers or processors, len(programs))
     with ThreadPoolExecutor(count, thread_name_prefix="sandbox") as pool:
@@ -231,9 +230,9 @@ def _warn_once(listed: str) -> None:
 
 @dataclass(frozen=True)
 class Facility:
-    """Something that a sandbox needs of a machine.
+    """A feature of the machine that the sandbox needs.
 
-    `problem` is why it cannot be used, "" if it can, and `remedy` what to do then.
+    `problem` says why it cannot be used ("" if it can), and `remedy` says what to do.
     """
 
     name: str
@@ -243,14 +242,14 @@ class Facility:
 
 @lru_cache(maxsize=1)
 def facilities() -> tuple[Facility, ...]:
-    """All that a sandbox needs, and whether this machine has it; looked at once a process."""
+    """All features that the sandbox needs, with their status; checked once per process."""
     found = _of_the_system()
     if any(facility.problem for facility in found):
         return found
     try:
         reasons = _probe()
     except SandboxError as error:
-        # Our own mistake, or an interpreter that does not start without its environment.
+        # A bug, or an interpreter that does not start without its environment variables.
         remedy = "Use another interpreter, or report it."
         return (*found, Facility("a helper process", str(error), remedy))
     remedy = (
@@ -266,7 +265,7 @@ def _of_the_system() -> tuple[Facility, ...]:
     machine, release, is_linux = platform.machine(), platform.release(), sys.platform == "linux"
     numbers = [int(part) if part.isdigit() else 0 for part in release.split("-")[0].split(".")[:2]]
     known = ", ".join(_kernel.MACHINES)
-    # Older kernels count the processes of a user over all boxes together.
+    # Older kernels count the processes of a user in all sandboxes together.
     is_old = is_linux and numbers < [5, 14]
     found = [
         ("Linux", not is_linux, f"this is {sys.platform}",
@@ -285,7 +284,7 @@ def _of_the_system() -> tuple[Facility, ...]:
 
 
 def _whole() -> Facility:
-    """Whether a program really runs: mounts, ids and filters may be refused all the same."""
+    """Run a trial program, because mounts, ids and filters can still be refused."""
     problem = ""
     try:
         result = _run(Program("import math\nprint(6 * 7)"), Limits(), strong=True)
@@ -303,10 +302,10 @@ def _whole() -> Facility:
 
 # --- One box: orders, output and result ---
 
-# How long the supervisor may take beyond the program's limit before it is given up.
+# Time for the supervisor beyond the program's limit.
 _GRACE_SECONDS = 30.0
 _OPTIONS = ("-X", "utf8", "-X", "int_max_str_digits=0")
-# The packages are entered by their folders alone, for their `__init__` would import numpy and more.
+# Set up packages without their `__init__`, which would import numpy and more.
 _BOOT = """
 import sys
 for name, folder in {packages!r}:
@@ -319,7 +318,7 @@ _supervisor.main()
 
 
 def _run(program: Program, limits: Limits, strong: bool) -> ProgramResult:
-    """Run a program: in a box, or (`strong=False`) with limits and a process group alone."""
+    """Run a program in a sandbox or (`strong=False`) with only limits and a process group."""
     start = time.monotonic()
     deadline = start + limits.wall_seconds + _GRACE_SECONDS
     with contextlib.ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""World models: what the finished response will be, learned without any reward."""
+"""World models: predict the finished response of a prefix, learned without rewards."""
 
 from mbrl_text_env._lazy import attach
 

@@ -1,4 +1,4 @@
-"""Dynamics of text: futures of a state, learned from records without any reward."""
+"""Dynamics of text: predict futures of a state, learned from records without rewards."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class WorldModelError(RuntimeError):
-    """Futures that cannot be had, or a folder that holds no world model."""
+    """Futures that cannot be predicted, or a folder without a valid world model."""
 
 
 FOLDER = FolderKind(
@@ -39,13 +39,13 @@ _TINY = 1e-6
 
 @dataclass(frozen=True)
 class Futures:
-    """M futures of each of B states.
+    """M predicted futures for each of B states.
 
     Args:
-        features: float32[B, M, F], of the response then, in the order of the dynamics' names.
-        length: int64[B, M], tokens of the response then.
-        ended: bool[B, M], whether it has ended by then.
-        member: int64[B, M], which of the models or groups of records each future is of.
+        features: float32[B, M, F], features of the future response, ordered as `Dynamics.names`.
+        length: int64[B, M], number of tokens of the future response.
+        ended: bool[B, M], whether the future response has ended.
+        member: int64[B, M], index of the model or group of records that made the prediction.
     """
 
     features: npt.NDArray[np.float32]
@@ -55,14 +55,14 @@ class Futures:
 
 
 class Dynamics(ABC):
-    """What a prefix will become, apart from any reward; call it by `predict_futures`.
+    """Predicts the features of a prefix's continuation; call it with `predict_futures`.
 
     Attributes:
-        features: What it predicts, but for `constant_` ones, which never varied in the records.
+        features: The features to predict, except `constant_` ones, which never vary in the records.
         language_model_name_: The policy whose responses it was fitted on.
-        longest_: Tokens of the longest response that it has seen.
-        arrays_: What was fitted, which `save` keeps.
-        stride: Records are cut every so many tokens.
+        longest_: Number of tokens of the longest response in the records.
+        arrays_: The fitted arrays, which `save` writes.
+        stride: Number of tokens between the prefixes taken from a record.
         kind, settings: Its name in `load_dynamics`, and the arguments of its constructor.
     """
 
@@ -77,12 +77,12 @@ class Dynamics(ABC):
 
     @property
     def is_fitted(self) -> bool:
-        """Whether there are futures to be had."""
+        """Whether `futures` can be called."""
         return hasattr(self, "arrays_")
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The features that it predicts, F of them."""
+        """Names of the F predicted features."""
         return tuple(name for name in self.features.names if name not in self.constant_)
 
     def futures(
@@ -92,9 +92,9 @@ class Dynamics(ABC):
         horizon: int | None = None,
         seed: int = 0,
     ) -> Futures:
-        """Futures `horizon` tokens ahead, or to the end; a function of each state and the seed.
+        """Futures after `horizon` tokens (None: at the end), determined by state and seed.
 
-        The horizon is a multiple of `stride`.
+        The horizon must be a multiple of `stride`.
         """
         if horizon is not None and horizon % self.stride:
             raise WorldModelError(
@@ -105,7 +105,7 @@ class Dynamics(ABC):
         shape = len(states), num_futures
         features = np.zeros((*shape, rows.shape[1]), dtype=np.float32)
         ended, member = np.zeros(shape, dtype=bool), np.zeros(shape, dtype=np.int64)
-        # State by state: the size of a product may change its rounding.
+        # State by state: the batch size can change the rounding of a matrix product.
         for i, (state, row) in enumerate(zip(states, rows, strict=True)):
             rng, size = stream(seed, state, 0), len(state.response_ids)
             features[i], ended[i], member[i] = self.ahead(size, row, num_futures, horizon, rng)
@@ -117,26 +117,26 @@ class Dynamics(ABC):
     ) -> tuple[Any, Any, Any]:
         """Features float32[M, F], ended bool[M] and member int64[M] of the futures of one state.
 
-        It has `size` tokens and the features `row`, float32[F], of which tokens are the first.
+        The state has `size` tokens and the features `row`, float32[F]; the first one is `tokens`.
         """
 
     @abstractmethod
     def fit(self, records: Sequence[Record]) -> Self:
-        """Fit on responses, scored or not, of one policy.
+        """Fit on responses of one policy, scored or not.
 
         Raises:
-            FitError: They are of several policies or of another than the tokenizer's, of fewer than
-                two prompts, or have other tokens than the text; or a feature falls though it is a
-                count, or all are constant.
+            FitError: The records have several policies, a policy other than the tokenizer's, or
+                fewer than two prompts; tokens do not decode to the response; a count decreases; or
+                all features are constant.
             ValueError: A feature is not finite.
         """
 
     def flops_bound(self, num_futures: int) -> float:
-        """The most floating-point operations that so many futures of one state take."""
+        """An upper bound on the FLOPs of `num_futures` futures of one state."""
         return 0.0
 
     def save(self, folder: str | Path) -> None:
-        """Write what was fitted, JSON and safetensors; a world model that is there is replaced."""
+        """Save as JSON and safetensors; replaces a world model in the folder."""
         if not self.is_fitted:
             raise WorldModelError("Only fitted dynamics can be saved. Call fit(records).")
         config = {
@@ -149,16 +149,16 @@ class Dynamics(ABC):
         FOLDER.write(folder, config, self.arrays_)
 
     def varying(self, states: Sequence[TextState]) -> npt.NDArray[np.float32]:
-        """float32[B, F], the features of states that it predicts."""
+        """The predicted features of states as they are now, float32[B, F]."""
         kept = [name not in self.constant_ for name in self.features.names]
         return self.features(states)[:, kept]
 
     def read(
         self, records: Sequence[Record]
     ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """What `fit` sees: float32[N, cuts, F] of N records, their lengths, and prompts.
+        """The data for `fit`: features float32[N, cuts, F], lengths and prompt indices int64[N].
 
-        A cut beyond the end is the end. Sets `constant_`, `language_model_name_` and `longest_`.
+        Cuts after the end repeat the end. Sets `constant_`, `language_model_name_`, `longest_`.
         """
         self._check_records(records)
         lengths = np.asarray([len(record.response_ids) for record in records], dtype=np.int64)
@@ -176,7 +176,7 @@ class Dynamics(ABC):
                 f"feature {self.features.names[column]!r} of prompt {records[record].prompt_id!r}, "
                 f"token {cut * self.stride}. Count what is `settled` alone, or say `falls=True`."
             )
-        # The number of tokens varies even where it is the same for all.
+        # Tokens vary within a response, even if all responses have the same length.
         varies = np.ptp(table.reshape(-1, table.shape[-1]), axis=0) > 0
         if not varies[1:].any():
             raise FitError(
@@ -214,7 +214,7 @@ class Dynamics(ABC):
 
 
 def policy_of(tokenizer: Any) -> str | None:
-    """The name of a language model; a tokenizer alone has none."""
+    """The name of a language model; None for a plain tokenizer."""
     return getattr(tokenizer, "name", None)
 
 
@@ -227,11 +227,11 @@ def predict_futures(
     seed: int = 0,
     ledgers: Ledgers = None,
 ) -> Futures:
-    """Futures of states that have not ended, charged as `num_futures` dynamics calls a state.
+    """Predict futures of states that have not ended; charges `num_futures` calls per state.
 
     Raises:
-        WorldModelError: The dynamics are not fitted; a state has ended, or goes on, with the
-            horizon, beyond the longest response that they were fitted on; or a number is below 1.
+        WorldModelError: The dynamics are not fitted; a state has ended; a prefix plus the horizon
+            is longer than the longest response in the fit; or a number is below 1.
 
     Example:
         >>> futures = predict_futures(dynamics, [state], 64)  # doctest: +SKIP
@@ -251,7 +251,7 @@ def predict_futures(
             raise WorldModelError(
                 f"The response to prompt {state.prompt.id!r} has ended "
                 f"(finish_reason={state.finish_reason!r}), so it has no future. Use "
-                "`dynamics.features([state])`, which are what it is."
+                "`dynamics.features([state])`, its features now."
             )
         if size + (horizon or 1) > dynamics.longest_:
             raise WorldModelError(
@@ -268,22 +268,22 @@ def predict_futures(
 
 
 class IncrementDynamics(Dynamics):
-    """Futures are the counts of the state plus increments that were recorded from there on.
+    """Predict futures by adding increments of recorded responses to the features of the state.
 
-    The donors of increments are the records whose responses went on at the state's length, or the
-    nearest of them: in the space of increments to the end that a ridge predicts from the features,
-    in units of the increments' standard deviations. They are drawn without replacement, and again
-    when all were drawn. `member` is one of `NUM_MEMBERS` groups of the donors' prompts.
+    Increments come from donors: records that had not ended at the state's length, or the nearest
+    of them. Distances are measured between predicted increments to the end, in units of their
+    standard deviations; a ridge regression predicts them from the features. Donors are drawn
+    without replacement until all are used. `member` is one of `NUM_MEMBERS` groups of prompts.
 
     Source: k-nearest-neighbour resampling of analogues (Lall and Sharma, "A nearest neighbor
-    bootstrap for resampling hydrologic time series", 1996). Deviations: increments and not values
-    are resampled, and the neighbours are those in what is predicted.
+    bootstrap for resampling hydrologic time series", 1996). Deviations: increments are resampled
+    instead of values, and the neighbours are nearest in the space of predicted increments.
 
     Args:
-        tokenizer: Of the responses; a language model is also compared with the records'.
-        neighbours: Nearest donors; None for all records.
-        stride: Records are cut every so many tokens; in between, the nearest cut is taken.
-        alpha: Penalty of the ridge, on inputs of variance 1.
+        tokenizer: Tokenizer of the responses; a language model must also match the records'.
+        neighbours: Number of nearest donors; None for all records.
+        stride: Number of tokens between cuts of a record; other lengths use the nearest cut.
+        alpha: Penalty of the ridge regression, on inputs of variance 1.
 
     Example:
         >>> dynamics = IncrementDynamics(lm).fit(read_records("records"))  # doctest: +SKIP
@@ -316,7 +316,7 @@ class IncrementDynamics(Dynamics):
         return self
 
     def _set(self, table: Any, lengths: Any, groups: Any) -> None:
-        """Take what was recorded; the ridges follow from it."""
+        """Set the fitted arrays; the ridges are fitted when they are needed."""
         self.arrays_ = {"table": table, "lengths": lengths, "groups": groups}
         self.table_, self.lengths_, self.groups_ = table, lengths, groups
         self._spaces: dict[int, tuple[Any, FloatArray, FloatArray]] = {}
@@ -325,7 +325,7 @@ class IncrementDynamics(Dynamics):
         self, size: int, row: Any, num_futures: int, horizon: int | None, rng: np.random.Generator
     ) -> tuple[Any, Any, Any]:
         """See `Dynamics.ahead`."""
-        # The nearest cut at which a record goes on.
+        # The nearest cut at which a record has not ended.
         cut = min(
             (size + (self.stride - 1) // 2) // self.stride, (self.longest_ - 1) // self.stride
         )
@@ -342,12 +342,12 @@ class IncrementDynamics(Dynamics):
         return features, ended, self.groups_[drawn] % self.NUM_MEMBERS
 
     def flops_bound(self, num_futures: int) -> float:
-        """The ridge's product and the distances to all records."""
+        """FLOPs of the ridge prediction and the distances to all records."""
         count, _, width = self.table_.shape
         return float(2 * width**2 + 3 * count * width)
 
     def restore(self, arrays: Arrays) -> None:
-        """Take `arrays_` of a folder; a ValueError where they do not fit each other."""
+        """Set `arrays_` from a folder; ValueError if the shapes are inconsistent."""
         table, lengths, groups = arrays["table"], arrays["lengths"], arrays["groups"]
         self.longest_ = int(lengths.max())
         cuts = (self.longest_ + 2 * self.stride - 1) // self.stride
@@ -366,7 +366,7 @@ class IncrementDynamics(Dynamics):
             head = scaled_ridge(self.alpha).fit(inputs, increments)
             scale = np.maximum(increments.std(axis=0), _TINY)
             self._spaces[cut] = head, scale, head.predict(inputs) / scale
-        # The ridge at the cut, the unit of its outputs, and where the donors are.
+        # The ridge at the cut, the unit of its outputs, and the donors' positions.
         head, scale, places = self._spaces[cut]
         place = head.predict(row[None].astype(np.float64))[0] / scale
         distances = ((places - place) ** 2).sum(axis=1)
@@ -376,13 +376,13 @@ class IncrementDynamics(Dynamics):
 def load_dynamics(
     folder: str | Path, tokenizer: Tokenizer, features: Sequence[TextFeature] = DEFAULT_FEATURES
 ) -> Dynamics:
-    """Read what `Dynamics.save` wrote, for the policy and features that it was fitted on.
+    """Load dynamics saved by `Dynamics.save`, with the same policy and features as in the fit.
 
-    Functions are not kept, so features of your own are given again.
+    Functions are not saved, so pass your own features again.
 
     Raises:
-        WorldModelError: The folder holds no world model, a damaged one, one of another format, of
-            other features, or of another language model.
+        WorldModelError: The folder has no world model or a damaged one, or one with another format,
+            other features or another language model.
 
     Example:
         >>> dynamics = load_dynamics("world", lm)  # doctest: +SKIP

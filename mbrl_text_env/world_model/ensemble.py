@@ -1,4 +1,4 @@
-"""An ensemble of probabilistic networks from a state to what its next chunk adds."""
+"""An ensemble of probabilistic networks that predict the change of a state by its next chunk."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Propagation = Literal["random_model", "fixed_model", "expectation"]
 _HELD_OUT = 0.2
 _BATCH, _EPOCHS = 256, 200
 _LEARNING_RATE, _WEIGHT_DECAY = 1e-3, 5e-5
-# Weight of the loss that keeps the bounds of the log-variance close.
+# Weight of the loss term that keeps the log-variance bounds close together.
 _BOUNDS = 0.01
 _LOWEST, _HIGHEST = -10.0, 0.5
 _TINY = 1e-6
@@ -32,27 +32,27 @@ _Rows = npt.NDArray[np.float32]
 
 
 class EnsembleDynamics(Dynamics):
-    """Probabilistic networks that go on chunk by chunk: what a chunk adds, and whether it ends.
+    """Probabilistic networks that predict, chunk by chunk, the change of features and the end.
 
-    Each member is a network from the features of a prefix to the mean and variance of what the next
-    `stride` tokens add to them, and to the probability that the response ends in these tokens. In
-    the end a future is rounded where all that was recorded is whole, and counts are at least those
-    of the state: rounding every step would lose what is rare.
+    Each member maps the features of a prefix to the mean and variance of their change in the next
+    `stride` tokens, and to the probability that the response ends in these tokens. The final
+    features are rounded if they are integers in all records, and counts never fall below those of
+    the state. Intermediate steps are not rounded, because that would remove rare increments.
 
     Source: PETS (Chua et al., "Deep Reinforcement Learning in a Handful of Trials using
     Probabilistic Dynamics Models", NeurIPS 2018), as in mbrl-lib's `GaussianMLP`: training stops
-    after `patience` epochs without a gain in any member's validation error, and the members of
-    least error are the elites. Deviations: data is held out and drawn with replacement by prompt;
-    the ending is predicted too and counts in the validation error; any gain counts, not one of 1%,
-    for most of the error is chance; by default a future stays with its member, for then members
-    tell what is not known from what is random.
+    after `patience` epochs without an improvement of any member's validation error, and the members
+    with the lowest error are the elites. Deviations: hold-out and bootstrap are by prompt; the end
+    is also predicted and is part of the validation error; any improvement counts, not only 1%,
+    because most of the error is noise; by default each future keeps its member, so that the members
+    separate epistemic from aleatoric uncertainty.
 
     Args:
-        members, elites: Networks that are fitted, and those of them that are used.
+        members, elites: Number of networks that are fitted, and number of the best that are used.
         hidden: Units of each of the two hidden layers.
         stride: Tokens of a chunk.
-        propagation: Which elite takes a step of a future: "fixed_model", always the same;
-            "random_model", any; "expectation", the mean of all.
+        propagation: The elite that predicts each step of a future: "fixed_model", always the same;
+            "random_model", a random one; "expectation", the mean of all.
 
     Example:
         >>> dynamics = EnsembleDynamics(lm).fit(read_records("records"))  # doctest: +SKIP
@@ -86,7 +86,7 @@ class EnsembleDynamics(Dynamics):
         self.settings = {name: getattr(self, name) for name in names}
 
     def fit(self, records: Sequence[Record]) -> Self:
-        """See `Dynamics.fit`; a FitError also where there are fewer than five prompts."""
+        """See `Dynamics.fit`; also raises FitError for fewer than five prompts."""
         table, lengths, groups = self.read(records)
         starts = np.arange(table.shape[1] - 1) * self.stride
         goes_on = lengths[:, None] > starts
@@ -121,7 +121,7 @@ class EnsembleDynamics(Dynamics):
         return self.settled(row, rows), over, member
 
     def draw_members(self, count: int, rng: np.random.Generator) -> npt.NDArray[np.int64]:
-        """int64[count], numbers of elites, equally often; all 0 for "expectation"."""
+        """Indices of elites in equal numbers, int64[count]; all 0 for "expectation"."""
         if self.propagation == "expectation":
             return np.zeros(count, dtype=np.int64)
         return rng.permutation(np.arange(count) % self.elites)
@@ -129,10 +129,10 @@ class EnsembleDynamics(Dynamics):
     def advance(
         self, rows: _Rows, member: npt.NDArray[np.int64], rng: np.random.Generator
     ) -> tuple[_Rows, npt.NDArray[np.bool_]]:
-        """One chunk more of N responses that go on: rows float32[N, F] after it, and ends bool[N].
+        """Add one chunk to N responses: features float32[N, F] after it, and ended bool[N].
 
-        `rows` are features that are predicted (`varying`), `member`, int[N], the elites. Of the
-        result tokens alone are whole (see `settled`).
+        `rows` are the predicted features (`varying`); `member`, int[N], are the elites. In the
+        result, only `tokens` is rounded (see `settled`).
         """
         predicted = self._predicted(rows)
         if self.propagation == "expectation":
@@ -149,19 +149,19 @@ class EnsembleDynamics(Dynamics):
         return after, ended | (after[:, 0] >= self.longest_)
 
     def settled(self, start: _Rows, rows: _Rows) -> _Rows:
-        """Rows float32[N, F], rounded where records are whole, and no count below its start."""
+        """Round the features that are integers in the records; keep counts at least `start`."""
         found = np.where(self.arrays_["whole"] > 0, np.rint(rows), rows)
         falls = {feature.name for feature in self.features.features if feature.falls}
         return np.where([name in falls for name in self.names], found, np.maximum(found, start))
 
     def flops_bound(self, num_futures: int) -> float:
-        """The products of the elites, as often as the longest response has chunks."""
+        """FLOPs of the elites' matrix products for every chunk of the longest response."""
         weights = sum(self.arrays_[name][0].size for name in ("w0", "w1", "w2"))
         steps = -(-self.longest_ // self.stride)
         return float(2 * self.elites * weights * steps * num_futures)
 
     def restore(self, arrays: Arrays) -> None:
-        """Take `arrays_` of a folder; a ValueError where their shapes are others."""
+        """Set `arrays_` from a folder; ValueError if a shape is wrong."""
         width = len(self.names)
         shapes = dict.fromkeys(("centre", "spread", "shift", "unit", "whole"), (width,))
         weights = _begun(self.elites, width, self.hidden, 0)
@@ -172,11 +172,11 @@ class EnsembleDynamics(Dynamics):
         self.arrays_, self.longest_ = arrays, int(arrays["longest"][0])
 
     def scaled(self, rows: _Rows) -> _Rows:
-        """float32, features in units of the standard deviations of the records' prefixes."""
+        """Standardize features with the mean and standard deviation of the records' prefixes."""
         return _scaled(rows, self.arrays_)
 
     def _predicted(self, rows: _Rows) -> list[FloatArray]:
-        """Of each elite: means and variances, float64[E, N, F], and probabilities of the end."""
+        """Means and variances float64[E, N, F] and end probabilities [E, N] of the elites."""
         import torch
 
         weights = {name: torch.from_numpy(values) for name, values in self.arrays_.items()}
@@ -228,7 +228,7 @@ class EnsembleDynamics(Dynamics):
     def _bootstrapped(
         self, prompts: npt.NDArray[np.int64], rows: npt.NDArray[np.int64], rng: np.random.Generator
     ) -> npt.NDArray[np.int64]:
-        """int64[members, N], rows of prompts drawn with replacement, N of them for each member."""
+        """Bootstrap by prompt: N row indices for each member, int64[members, N]."""
         own, drawn = prompts[rows], []
         for _ in range(self.members):
             chosen = rng.choice(np.unique(own), len(np.unique(own)))
@@ -242,7 +242,7 @@ def _scaled(rows: _Rows, units: Arrays) -> _Rows:
 
 
 def _begun(members: int, width: int, hidden: int, seed: int) -> dict[str, Any]:
-    """Weights before the fit; normal, 1 / (2 sqrt(inputs)) wide, as in mbrl-lib."""
+    """Initial weights: normal with std 1 / (2 sqrt(inputs)), as in mbrl-lib."""
     import torch
 
     generator = torch.Generator().manual_seed(seed)
@@ -270,7 +270,7 @@ def _forward(weights: Mapping[str, Any], x: Any) -> tuple[Any, Any, Any]:
 
 
 def _loss(weights: Mapping[str, Any], x: Any, y: Any, ended: Any) -> Any:
-    """Negative log-likelihood of changes and endings, summed over members."""
+    """Negative log-likelihood of changes and ends, summed over members."""
     from torch.nn.functional import binary_cross_entropy_with_logits as cross_entropy
 
     mean, logvar, logit = _forward(weights, x)
@@ -280,7 +280,7 @@ def _loss(weights: Mapping[str, Any], x: Any, y: Any, ended: Any) -> Any:
 
 
 def _errors(weights: Mapping[str, Any], x: Any, y: Any, ended: Any) -> FloatArray:
-    """Of each member: mean squared error of changes, and mean squared error of the end."""
+    """For each member, the mean squared error of changes plus that of the end."""
     import torch
 
     with torch.no_grad():

@@ -1,7 +1,7 @@
-"""Features of a prefix: counts of its text that never fall as tokens arrive, and its tokens.
+"""Features of a prefix: its number of tokens, and counts of its text that never decrease.
 
-What a prefix still leaves open, such as whether its last word is in capitals, is counted when it is
-settled: so the counts of a prefix only grow, up to those of the finished response.
+Incomplete parts, such as the last word, are counted only when they are complete ("settled"). The
+counts of a prefix therefore only grow, up to those of the finished response.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ if TYPE_CHECKING:
     from mbrl_text_env.types import TextState
 
 TOKENS = "tokens"
-"""The feature that every set has, the number of tokens of the response."""
+"""Name of the first feature of every set: the number of tokens of the response."""
 
 
 @dataclass(frozen=True)
 class TextFeature:
-    """A number that a function finds in a text.
+    """A number computed from a text.
 
     Args:
-        name: Names it, as in `RewardModel.feature_names`.
-        function: `function(text)`, a finite number; 0 of the empty text.
-        settled: The part of an unfinished text that is counted, such as its complete words.
-        falls: Whether it may fall as the text goes on, as a depth does; a count never does.
+        name: Its name, as in `RewardModel.feature_names`.
+        function: `function(text)` returns a finite number, 0 for the empty text.
+        settled: Returns the part of an unfinished text to count, such as its complete words.
+        falls: Whether it can decrease as the text grows, such as a depth; counts cannot.
 
     Example:
         >>> TextFeature("questions", lambda text: text.count("?")).of("Why? Oh", ended=False)
@@ -47,12 +47,12 @@ class TextFeature:
     falls: bool = False
 
     def of(self, text: str, ended: bool) -> float:
-        """The feature of a text, which has ended or goes on."""
+        """The feature of a complete (`ended`) or unfinished text."""
         return float(self.function(text if ended else self.settled(text)))
 
 
 def count_feature(name: str, argument: str | None = None) -> TextFeature:
-    """The count behind a constraint, such as "words" or ("occurrences", "river").
+    """The count that a constraint uses, such as "words" or ("occurrences", "river").
 
     Example:
         >>> count_feature("letters", "e").name
@@ -68,7 +68,7 @@ def count_feature(name: str, argument: str | None = None) -> TextFeature:
     return TextFeature(f"{name}:{argument}", count, counted.settled)
 
 
-# Functions with names: a world model can be pickled.
+# Named functions instead of lambdas, so that a world model can be pickled.
 def _commas(text: str) -> int:
     return sum(map(text.count, ",，、،"))  # noqa: RUF001
 
@@ -103,7 +103,7 @@ def _whole_lines(text: str) -> str:
 
 
 def _json_depth(text: str) -> int:
-    """Brackets that are open, those in strings aside."""
+    """Number of open brackets outside strings."""
     depth, in_string, escaped = 0, False, False
     for character in text:
         if in_string:
@@ -148,11 +148,11 @@ DEFAULT_FEATURES: tuple[TextFeature, ...] = (
 
 
 class TextFeatures:
-    """Features of states and records, with `tokens` before those that are given.
+    """Features of states and records: `tokens`, followed by the given features.
 
     Args:
-        tokenizer: Decodes responses; a language model will do.
-        features: By default `DEFAULT_FEATURES`; each needs a name of its own.
+        tokenizer: A tokenizer or language model that decodes the responses.
+        features: Features with unique names; by default `DEFAULT_FEATURES`.
 
     Example:
         >>> from mbrl_text_env.language_models import NGramLM
@@ -171,7 +171,7 @@ class TextFeatures:
             raise ValueError(f"features: expected different names, got {self.names}. Change them.")
 
     def __call__(self, states: Sequence[TextState]) -> npt.NDArray[np.float32]:
-        """float32[B, F], finite, of live states or `Record.prefix_state`s alike."""
+        """Features of states, float32[B, F]; ValueError if one is not finite."""
         rows = [self._row(state) for state in states]
         found = np.asarray(rows, np.float32).reshape(len(states), len(self.names))
         for row, column in np.argwhere(~np.isfinite(found)):

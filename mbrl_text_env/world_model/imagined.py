@@ -1,4 +1,4 @@
-"""An imagined environment: candidates that an ensemble draws, thousands of steps a second."""
+"""An imagined environment: an ensemble predicts the candidates, thousands of steps per second."""
 
 from __future__ import annotations
 
@@ -23,33 +23,33 @@ _Flags = npt.NDArray[np.bool_]
 
 
 class ImaginedCandidates(VectorEnv[Any, Any, Any]):
-    """The candidate view without the language model: an action takes one of K imagined chunks.
+    """`CandidateChunks` without a language model: an action chooses one of K imagined chunks.
 
-    Episodes begin at real states. At each step the ensemble draws K chunks, as features of the
-    prefix with each of them; the action is the number of the one to go on with. A response that has
-    ended is rewarded by its counts, without a call of the reward; all other rewards are 0. Episodes
-    keep their member ("fixed_model"), or draw one at each step.
+    Episodes start at real states. At each step, the ensemble predicts the features of the prefix
+    followed by each of K chunks; the action is the index of the chunk to append. The reward of a
+    response that ends is computed from its features, without a reward call; all other rewards are
+    0. Episodes keep their member ("fixed_model") or draw one at each step ("random_model").
 
-    Observations are float32[(K + 1) * (F + 2)]: of the prefix, then of each candidate, the F
-    features in units of their standard deviations, whether the response has ended, and the reward
-    as if it ended there. `observe` makes the same of real candidates, for a policy trained here.
+    Observations are float32[(K + 1) * (F + 2)]. For the prefix and for each candidate, they contain
+    the F standardized features, whether the response has ended, and its reward if it ended there.
+    `observe` builds the same from real candidates, to run a policy trained here.
 
     Source: short rollouts from real states, as in Janner et al., "When to Trust Your Model:
     Model-Based Policy Optimization", NeurIPS 2019, with a schedule of their length as in mbrl-lib.
 
     Args:
-        dynamics: Fitted.
-        reward_model: One with `feature_names` and `score_features`.
-        starts: Real states that have not ended; each episode begins at one of them, at random.
-        num_envs: Episodes side by side.
+        dynamics: Fitted dynamics.
+        reward_model: A reward with `feature_names` and `score_features`.
+        starts: Real states that have not ended; each episode starts at a random one.
+        num_envs: Number of sub-environments.
         num_candidates: K, at least 1.
-        rollout_chunks: Chunks after which an episode is truncated, or a function of the steps taken
-            so far that says so; None goes on to the end.
+        rollout_chunks: Number of chunks after which an episode is truncated, or a function that
+            maps the steps taken so far to that number; None for no limit.
         autoreset_mode: Gymnasium's `SameStep`, for stable-baselines3, or `Disabled`, for TorchRL.
-        seed: Of everything, until `reset` gives another.
+        seed: Seed of all random numbers until `reset` sets another.
 
     Raises:
-        RewardError: The reward is no program of counts, or not of those predicted.
+        RewardError: The reward needs features that are not predicted.
         WorldModelError: The dynamics are not fitted, or a start has ended or is as long as the
             longest record.
 
@@ -58,7 +58,7 @@ class ImaginedCandidates(VectorEnv[Any, Any, Any]):
         >>> PPO("MlpPolicy", VectorEnvAdapter(env, bootstrap_truncated=True))  # doctest: +SKIP
     """
 
-    # What is drawn anew for an environment, one row each.
+    # Attributes with one row per sub-environment that are drawn at each step.
     _DRAWN = ("_candidates", "_ended", "_worth", "_shown", "_member")
 
     def __init__(
@@ -109,9 +109,9 @@ class ImaginedCandidates(VectorEnv[Any, Any, Any]):
     def reset(
         self, *, seed: int | list[int | None] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[_Rows, dict[str, Any]]:
-        """Begin all episodes, or those of `options["reset_mask"]` (bool[N]).
+        """Start all episodes, or those selected by `options["reset_mask"]` (bool[N]).
 
-        A seed, or a list of seeds, makes what follows repeatable.
+        A seed, or a list of seeds, makes the following steps reproducible.
         """
         if seed is not None:
             entropy = seed if isinstance(seed, int) else [each or 0 for each in seed]
@@ -129,7 +129,7 @@ class ImaginedCandidates(VectorEnv[Any, Any, Any]):
         return self._shown, {}
 
     def step(self, actions: Any) -> tuple[_Rows, FloatArray, _Flags, _Flags, dict[str, Any]]:
-        """Go on with the candidates of these numbers, int[num_envs]."""
+        """Append the candidates with these indices, int[num_envs]."""
         if not self.action_space.contains(numbers := np.asarray(actions, dtype=np.int64)):
             raise ValueError(
                 f"actions: expected {self.num_envs} numbers of candidates, 0 to "
@@ -153,7 +153,7 @@ class ImaginedCandidates(VectorEnv[Any, Any, Any]):
         if self.autoreset_mode == AutoresetMode.DISABLED:
             self._over = done
         elif done.any():
-            # What comes after a cut has a value; what comes after an end has none.
+            # Truncated episodes need a real final observation to bootstrap; ended ones do not.
             infos = self._final(
                 done, ended, rewards, self._proposed() if cut.any() else self._shown
             )
@@ -161,7 +161,7 @@ class ImaginedCandidates(VectorEnv[Any, Any, Any]):
         return self._proposed(), rewards, ended, cut, infos
 
     def observe(self, state: TextState, candidates: Sequence[TextState]) -> _Rows:
-        """float32, the observation of a real state that goes on, with K real states after it."""
+        """The observation (float32) of a real state and the K real states after its candidates."""
         if len(candidates) != self.num_candidates:
             raise ValueError(f"candidates: expected {self.num_candidates}, got {len(candidates)}.")
         rows = self.dynamics.varying([state, *candidates])
@@ -171,7 +171,7 @@ class ImaginedCandidates(VectorEnv[Any, Any, Any]):
         return found
 
     def _begin(self, which: _Flags) -> None:
-        """New episodes in these environments."""
+        """Start new episodes in the sub-environments of a mask."""
         count = int(which.sum())
         self._at[which] = self._rng.integers(len(self._begun), size=count)
         self._rows[which] = self._begun[self._at[which]]
@@ -179,7 +179,7 @@ class ImaginedCandidates(VectorEnv[Any, Any, Any]):
         self._member[which] = self.dynamics.draw_members(count, self._rng)
 
     def _proposed(self) -> _Rows:
-        """Draw candidates for all environments in one product, and show them."""
+        """Predict candidates for all sub-environments at once; return the observations."""
         envs, count = self.num_envs, self.num_candidates
         if self.dynamics.propagation == "random_model":
             self._member = self.dynamics.draw_members(envs, self._rng)
@@ -195,7 +195,7 @@ class ImaginedCandidates(VectorEnv[Any, Any, Any]):
         return self._shown
 
     def _rewards(self, rows: _Rows, begun: _Rows, prompts: Sequence[Prompt]) -> FloatArray:
-        """float64[N], rewards as if responses ended there, equally many to each prompt."""
+        """Rewards if the responses ended there, float64[N]; N / len(prompts) rows per prompt."""
         settled = self.dynamics.settled(begun, rows).astype(np.float64)
         names, parts = self.dynamics.names, np.split(settled, len(prompts))
         return np.concatenate(
@@ -214,7 +214,7 @@ class ImaginedCandidates(VectorEnv[Any, Any, Any]):
     def _final(
         self, done: _Flags, ended: _Flags, scores: FloatArray, shown: _Rows
     ) -> dict[str, Any]:
-        """What Gymnasium says of episodes that are reset in the same step."""
+        """Gymnasium's infos for episodes that are reset in the same step."""
         last = np.full(self.num_envs, None, dtype=object)
         for i in np.flatnonzero(done):
             last[i] = shown[i]

@@ -1,4 +1,4 @@
-"""How good dynamics are on records that they have not seen, by how far they look ahead."""
+"""Errors of dynamics on held-out records, by horizon."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ _TINY = 1e-12
 
 @dataclass(frozen=True)
 class HorizonReport:
-    """Errors are root mean squares over prefixes and features.
+    """Root-mean-square errors over prefixes and features at one horizon.
 
-    Their unit is the standard deviation of what the responses gain in the horizon, so that 1 is the
-    error of knowing the mean gain alone; features that all gain equally are left out.
+    The unit is the standard deviation of the responses' gain within the horizon, so predicting the
+    mean gain has the error 1. Features with the same gain in all responses are left out.
 
     Args:
         horizon: Tokens ahead.
-        prefixes: Of how many records.
-        error: Of the futures' mean.
-        copying: Of the features of the prefix.
-        rate: Of the counts of the prefix, as many times as the response may grow in the horizon.
-        increments: Of the features of the prefix and the mean gain of the other prompts' records.
-        z: Error by the futures' standard deviation; above 1 if that is too small.
-        epistemic_share: Of the futures' variance, the part that members differ by.
-        squares: Of each prompt, the squares of the first four errors, by name; their mean is the
-            square of the error.
+        prefixes: Number of records with a prefix to predict from.
+        error: Error of the mean of the futures.
+        copying: Error of predicting no change of the prefix's features.
+        rate: Error of extrapolating the prefix's counts in proportion to its length.
+        increments: Error of adding the mean gain of the other prompts' records.
+        z: Error divided by the futures' standard deviation; above 1 if that is too small.
+        epistemic_share: Share of the futures' variance that is between members.
+        squares: For each of the first four errors, by name, the squared errors of each prompt,
+            weighted by its number of prefixes; their mean is the square of the error.
     """
 
     horizon: int
@@ -58,15 +58,15 @@ def horizon_report(
     prefix_tokens: int = 16,
     seed: int = 0,
 ) -> list[HorizonReport]:
-    """One row a horizon, from prefixes of `prefix_tokens` on.
+    """Measure the errors at each horizon, from prefixes of `prefix_tokens` tokens.
 
-    Take records of prompts that were not fitted on. Those of another policy, or of other kinds of
-    prompts, show how the dynamics do under shift.
+    Use records of prompts that are not in the fit. Records of another policy or of other kinds of
+    prompts show the errors under distribution shift.
 
     Raises:
-        FitError: Fewer than two prompts have a response of more tokens.
-        WorldModelError: The dynamics are not fitted, or a horizon is beyond what they were fitted
-            on, or no multiple of their stride.
+        FitError: Fewer than two prompts have a response longer than `prefix_tokens`.
+        WorldModelError: The dynamics are not fitted, or a horizon is longer than the records in the
+            fit, or not a multiple of the stride.
 
     Example:
         >>> for row in horizon_report(dynamics, records):  # doctest: +SKIP
@@ -99,7 +99,7 @@ def _row(
     gains = dynamics.varying(ends) - now
     varies = gains.std(axis=0) > _TINY
     if not varies.any():
-        raise FitError(f"horizon {horizon}: expected responses that differ in what they gain.")
+        raise FitError(f"horizon {horizon}: expected responses with different gains.")
     now, gains = now[:, varies], gains[:, varies]
     unit, imagined = gains.std(axis=0), futures.features[..., varies].astype(np.float64)
     sums = np.stack([gains[prompts == prompt].sum(axis=0) for prompt in range(prompts.max() + 1)])
@@ -113,7 +113,7 @@ def _row(
     }
     wrong = {name: (each - gains) / unit for name, each in told.items()}
     errors = {name: root_mean_square(each) for name, each in wrong.items()}
-    # A prompt counts as often as it has prefixes.
+    # Weight each prompt by its number of prefixes.
     share = np.mean(counts) * gains.shape[1]
     squares = {
         name: (np.bincount(prompts, (each**2).sum(axis=1)) / share).tolist()

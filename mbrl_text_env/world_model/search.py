@@ -1,4 +1,4 @@
-"""Tree search in imagination: real chunks at the root, imagined ones below them."""
+"""Tree search in a world model: real chunks at the root, predicted chunks below."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _MOST_CHOICES = 100_000
 
 @dataclass(frozen=True)
 class _Asked:
-    """What all nodes of a state's trees share."""
+    """Data that all nodes of a state's trees share."""
 
     prompt: Prompt
     rng: np.random.Generator
@@ -30,32 +30,31 @@ class _Asked:
 
 @dataclass(eq=False, repr=False)
 class ImaginedSearchValue(WorldModelValue):
-    """The value of choosing again and again: the reward of the best of imagined chunks.
+    """The value of choosing the best of several predicted chunks, `depth` times in a row.
 
-    Of a state, `width` chunks are imagined, of each of them `width` more, `depth` chunks deep. A
-    chunk that goes on then is worth the mean reward of its imagined endings, one that ends its
-    reward, and a node what the best of `choices` chunks from it is worth, in the mean over all such
-    choices. So a planner with this value draws tokens for its own nodes alone, and the tree below
-    each of them is imagined; `WorldModelValue` looks ahead without a choice.
+    The search predicts `width` chunks for each node, `depth` levels deep. The value of an ended
+    chunk is its reward. The value of a leaf is the mean reward of its predicted endings. The value
+    of a node is the maximum over `choices` of its chunks, averaged over all such subsets. A planner
+    with this value samples tokens only for its own nodes. `WorldModelValue` has no such choice.
 
     Source: sparse sampling (Kearns, Mansour and Ng, "A Sparse Sampling Algorithm for Near-Optimal
     Planning in Large Markov Decision Processes", Machine Learning 2002). Deviations: actions are
-    samples, as in all planners here, so a node has several sets of them; leaves are worth the mean
-    of endings, not 0. The best of noisy means is too high by a part of their noise.
+    samples, as in all planners here, so a node has several subsets of actions; the value of a leaf
+    is the mean of its endings, not 0. The maximum of noisy means is biased upwards.
 
-    Each imagined chunk and ending is a dynamics call: with the defaults 8 + 8 x 16. An ensemble
-    draws its members anew at each chunk. `std` is that of the best chunk's worth, all of it called
-    aleatoric.
+    Each predicted chunk or ending is one dynamics call: with the defaults, 8 + 8 x 16 calls. An
+    ensemble draws new members for each chunk. `std` is the standard deviation of the best chunk's
+    value; all of it is reported as aleatoric.
 
     Args:
-        num_futures: Endings of each leaf.
-        width: Imagined chunks of a node, at least `choices`.
-        choices: Chunks of which the planner will take the best.
-        depth: Choices, one after the other.
-        chunk_tokens: Of an imagined chunk, a multiple of the dynamics' `stride`.
+        num_futures: Number of predicted endings of each leaf.
+        width: Number of predicted chunks of each node, at least `choices`.
+        choices: Number of chunks from which the planner will take the best.
+        depth: Number of consecutive choices.
+        chunk_tokens: Tokens of a predicted chunk, a multiple of the dynamics' `stride`.
 
     Raises:
-        WorldModelError: On predicting: `chunk_tokens` is no multiple of the stride.
+        WorldModelError: In `predict`, if `chunk_tokens` is not a multiple of the stride.
 
     Example:
         >>> value = ImaginedSearchValue(dynamics, ConstraintsReward())  # doctest: +SKIP
@@ -74,12 +73,12 @@ class ImaginedSearchValue(WorldModelValue):
         check_positive(choices=self.choices, depth=self.depth, chunk_tokens=self.chunk_tokens)
         if not 0 < comb(self.width, self.choices) <= _MOST_CHOICES:
             raise ValueError(
-                f"width: expected at least choices, and at most {_MOST_CHOICES:,} sets of so many, "
-                f"got {self.width} and {self.choices}."
+                f"width: expected at least choices, and at most {_MOST_CHOICES:,} subsets, got "
+                f"width={self.width} and choices={self.choices}."
             )
 
     def imagined(self, state: TextState, ledgers: Ledgers) -> tuple[FloatArray, Any]:
-        """What the best chunk of each choice is worth, and one member of all."""
+        """The value of the best chunk of each subset, and the same member (0) for all."""
         found = predict_futures(
             self.dynamics,
             [state],
@@ -93,7 +92,7 @@ class ImaginedSearchValue(WorldModelValue):
         return best, np.zeros(len(best), dtype=np.int64)
 
     def usage_bound(self, state: TextState) -> Usage:
-        """Of one state, where no imagined chunk ends."""
+        """An upper bound on the cost of one state, reached if no predicted chunk ends."""
         usage = Usage()
         for level in range(self.depth + 1):
             each = self.width if level < self.depth else self.num_futures
@@ -102,7 +101,7 @@ class ImaginedSearchValue(WorldModelValue):
         return usage
 
     def _best(self, ask: _Asked, rows: Any, ended: Any, depth: int) -> FloatArray:
-        """The worth of the best of each choice among a node's chunks, which go on so deep."""
+        """The value of the best chunk in each subset of a node's chunks, `depth` levels deep."""
         worth = self._scores(ask.prompt, self.dynamics.names, rows)
         for i in np.flatnonzero(~ended):
             size = int(rows[i, 0])
@@ -122,11 +121,11 @@ class ImaginedSearchValue(WorldModelValue):
         return found
 
     def _ahead(self, size: int) -> int | None:
-        """The horizon of a chunk; with too little left, to the end."""
+        """The horizon of a chunk, or None (to the end) if fewer tokens are left."""
         return self.chunk_tokens if size + self.chunk_tokens <= self.dynamics.longest_ else None
 
 
 @cache
 def _choices(width: int, choices: int) -> npt.NDArray[np.int64]:
-    """int64[C, choices], all sets of so many of `width` numbers."""
+    """All subsets of size `choices` of `width` indices, int64[C, choices]."""
     return np.asarray(list(combinations(range(width), choices)), dtype=np.int64)

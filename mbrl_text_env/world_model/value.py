@@ -1,4 +1,4 @@
-"""A value without labels and reward calls: the reward of imagined endings."""
+"""A value model without labels or reward calls: the mean reward of predicted futures."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
 
 @dataclass(frozen=True)
 class WorldModelEstimate(ValueEstimate):
-    """`std` is the root of the sum of the squares of its two parts, float64[B] each.
+    """An estimate with `std` = sqrt(`epistemic`^2 + `aleatoric`^2), each float64[B].
 
     Args:
-        epistemic: Of what members (models, or groups of donors) say in the mean.
-        aleatoric: Of the futures of one member.
-        quantiles: float64[B, 5]: of the futures' rewards, at `QUANTILES`.
-        num_futures: float64[B]: how many there are; 0 of a response that has ended.
+        epistemic: Standard deviation between the means of members (models or groups of donors).
+        aleatoric: Standard deviation between the futures of one member.
+        quantiles: float64[B, 5], quantiles of the futures' rewards at `QUANTILES`.
+        num_futures: float64[B], number of futures; 0 if the response has ended.
     """
 
     epistemic: FloatArray
@@ -40,20 +40,20 @@ class WorldModelEstimate(ValueEstimate):
 
 @dataclass(eq=False, repr=False)
 class WorldModelValue(ValueModel):
-    """The mean reward of a state's futures; the reward is a program of counts and is not called.
+    """The mean reward of a state's predicted futures, computed from features without reward calls.
 
-    A response that has ended is worth its reward by its own counts. The standard deviation is that
-    of the futures' rewards, in two parts; see `WorldModelEstimate`.
+    For a response that has ended, the value is the reward of its own features. The standard
+    deviation of the futures' rewards has two parts; see `WorldModelEstimate`.
 
     Args:
-        dynamics: Fitted.
-        reward_model: One with `feature_names` and `score_features`.
-        num_futures: Of each state.
-        horizon: Tokens to look ahead, where that many are left; None for the end.
-        seed: The futures follow from it and the state.
+        dynamics: Fitted dynamics.
+        reward_model: A reward with `feature_names` and `score_features`.
+        num_futures: Number of futures per state.
+        horizon: Tokens to look ahead, if that many are left; None predicts to the end.
+        seed: Determines the futures together with the state.
 
     Raises:
-        RewardError: On predicting: the reward is no program of counts, or not of those predicted.
+        RewardError: In `predict`, if the reward needs features that are not predicted.
 
     Example:
         >>> value = WorldModelValue(dynamics, ConstraintsReward())  # doctest: +SKIP
@@ -76,12 +76,12 @@ class WorldModelValue(ValueModel):
 
     @property
     def language_model_name_(self) -> str | None:  # type: ignore[override]
-        """The policy whose responses the dynamics are of."""
+        """The policy whose responses the dynamics were fitted on."""
         return self.dynamics.language_model_name_
 
     @property
     def is_fitted(self) -> bool:
-        """Whether the dynamics are."""
+        """Whether the dynamics are fitted."""
         return self.dynamics.is_fitted
 
     def fit(self, records: Sequence[Record]) -> Self:
@@ -90,19 +90,19 @@ class WorldModelValue(ValueModel):
         return self
 
     def save(self, folder: str | Path) -> None:
-        """Write the dynamics, which any reward can be valued with; `load_value` reads them."""
+        """Save the dynamics, which work with any reward; load them with `load_value`."""
         self.dynamics.save(folder)
 
     def swap(self, reward_model: RewardLike) -> WorldModelValue:
-        """The value for another reward; nothing is fitted again."""
+        """A value model for another reward, without fitting again."""
         return replace(self, reward_model=reward_model)
 
     def predict(self, states: Sequence[TextState]) -> WorldModelEstimate:
-        """Mean, standard deviation with its parts, and quantiles; uncharged."""
+        """Mean, standard deviation with its parts, and quantiles; charges nothing."""
         return self.predict_with(states, None)
 
     def predict_with(self, states: Sequence[TextState], ledgers: Ledgers) -> WorldModelEstimate:
-        """`predict`, with the futures charged as dynamics calls."""
+        """Like `predict`, but charge the futures as dynamics calls."""
         if not self.is_fitted:
             raise ValueModelError("The dynamics are not fitted. Call their fit(records) first.")
         found = np.zeros((len(states), 4 + len(QUANTILES)))
@@ -120,7 +120,7 @@ class WorldModelValue(ValueModel):
         return WorldModelEstimate(mean, std, epistemic, aleatoric, found[:, 4:], number)
 
     def imagined(self, state: TextState, ledgers: Ledgers) -> tuple[FloatArray, Any]:
-        """Rewards of the futures of a state that goes on, float64[M], and their members, int[M]."""
+        """Rewards float64[M] and members int[M] of the futures of a state that has not ended."""
         futures = predict_futures(
             self.dynamics,
             [state],
@@ -133,12 +133,12 @@ class WorldModelValue(ValueModel):
         return scores, futures.member[0]
 
     def usage_bound(self, state: TextState) -> Usage:
-        """Of one state; of one that has ended, nothing is charged."""
+        """An upper bound on the cost of one state; ended states cost nothing."""
         flops = self.dynamics.flops_bound(self.num_futures)
         return Usage(dynamics_calls=self.num_futures, dynamics_flops=flops)
 
     def _within(self, size: int) -> int | None:
-        """The horizon; with too little left, to the end."""
+        """The horizon, or None (to the end) if fewer tokens are left."""
         left = self.dynamics.longest_ - size
         return None if self.horizon is None or self.horizon > left else self.horizon
 
@@ -149,10 +149,10 @@ class WorldModelValue(ValueModel):
 
 
 def split_variance(scores: FloatArray, member: Any) -> tuple[float, float]:
-    """The epistemic and the aleatoric part of the variance of scores, float64[M].
+    """Split the variance of scores, float64[M], into an epistemic and an aleatoric part.
 
-    The second is the variance within members, the first what the members' means differ by, less
-    what as few scores of one member differ by chance; their sum is the variance of all.
+    The epistemic part is the variance between the members' means, minus the variance expected by
+    chance from so few scores per member. The aleatoric part is the rest of the total variance.
 
     Source: Depeweg et al., "Decomposition of Uncertainty in Bayesian Deep Learning for Efficient
     and Risk-sensitive Learning", ICML 2018, in its form by variance; the correction is that of a

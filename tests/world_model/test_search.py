@@ -126,7 +126,7 @@ def test_a_planner_gains_by_it_and_keeps_its_budget():
 
 def test_what_cannot_be_searched_is_refused():
     for width in (2, 200):
-        with pytest.raises(ValueError, match=f"width: expected at least choices.*got {width} and"):
+        with pytest.raises(ValueError, match=f"at least choices.*got width={width} and"):
             searched(fitted(), width=width)
     with pytest.raises(WorldModelError, match="multiple of the stride"):
         searched(fitted(stride=2), chunk_tokens=3).predict([state_of("a")])
