@@ -94,7 +94,11 @@ class Guard:
     With `weighted`, replacements come from the full distribution of the sampling parameters, and
     `Chunk.log_weight` corrects for the renormalisation: for any function f, the mean of weight
     x f(chunk) is the sum of p(chunk) f(chunk) over the allowed chunks, where p is plain sampling.
-    This checks each token twice and needs a language model with `guards`.
+    This checks each token twice and needs a language model with `guards`. After `candidates`
+    rejections, and each time they have doubled, the chunk continues with a probability equal to the
+    remaining mass (relative to the last time) and its weight is divided by that probability;
+    otherwise it ends with weight 0. This keeps the estimates unbiased (Russian roulette; Kahn, "Use
+    of Different Monte Carlo Sampling Techniques", 1955) without checking the whole vocabulary.
 
     Source: Lipkin et al., "Fast Controlled Generation from Language Models with Adaptive Weighted
     Rejection Sampling", 2025. Deviations: without weights this is locally constrained decoding with
@@ -106,8 +110,8 @@ class Guard:
             `states[i].prompt` may start with `texts[i]`, or equal it if `ended[i]`. A rejected
             start must stay rejected for every continuation.
         floor: Minimum log-probability (nats) of a replacement token.
-        candidates: Number of most probable tokens to try.
-        weighted: Whether to compute weights; `floor` and `candidates` are then ignored.
+        candidates: Number of most probable tokens to try; with `weighted`, see above.
+        weighted: Whether to compute weights; `floor` is then ignored.
         kept: Usage to reserve in the ledger's budget when resampling without `guards`.
     """
 

@@ -184,7 +184,9 @@ def _redraw_weighted(chunk: Sampled, guard: Guard, logits: Tensor, tokenizer: To
         return bool(guard.allows([chunk.state], [text], [ended])[0])
 
     shaped = probabilities(logits, chunk.params)
-    token, log_weight = weighted_token(chunk.tokens[-1], shaped, may_follow, chunk.generator)
+    token, log_weight = weighted_token(
+        chunk.tokens[-1], shaped, may_follow, guard.candidates, chunk.generator
+    )
     chunk.log_weight += log_weight
     chunk.is_dead = token is None
     if token is not None and token != chunk.tokens[-1]:

@@ -61,9 +61,10 @@ def weighted_token(
     first: int,
     probabilities: npt.NDArray[np.float64],
     may_follow: Callable[[int], bool],
+    candidates: int,
     generator: np.random.Generator,
 ) -> tuple[int | None, float]:
-    """Return an allowed token and its log-weight; (None, -inf) if no token is allowed.
+    """Return an allowed token and its log-weight; (None, -inf) if none was found.
 
     `first` was sampled from `probabilities`, float64[V]. See `Guard` for the distribution.
     """
@@ -77,8 +78,15 @@ def weighted_token(
         return min(place, len(left) - 1)
 
     token: int | None = first
+    rejected, survived = 0, 1.0
     while token is not None and not may_follow(token):
         left[token] = 0.0
+        rejected += 1
+        if rejected == candidates:
+            mass = left.sum()
+            if not generator.random() * survived < mass:
+                return None, -np.inf
+            candidates, survived = 2 * candidates, mass
         token = drawn()
     if token is None:
         return None, -np.inf
@@ -87,7 +95,7 @@ def weighted_token(
     left[token] = 0.0
     other = drawn()
     share = 1.0 if other is None or may_follow(other) else own / mass
-    return token, float(np.log(mass * share))
+    return token, float(np.log(mass * share / survived))
 
 
 class GrowingText:

@@ -312,7 +312,8 @@ def _guarded_token(
 ) -> tuple[int | None, float]:
     """The sampled token or its replacement, and its log-weight; see `Guard`."""
     if guard.weighted:
-        return weighted_token(drawn, shaped(own, params), may_follow, generator)
+        probabilities = shaped(own, params)
+        return weighted_token(drawn, probabilities, may_follow, guard.candidates, generator)
     if may_follow(drawn):
         return drawn, 0.0
     order = np.argsort(-own, kind="stable")[: guard.candidates].tolist()

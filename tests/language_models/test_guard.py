@@ -171,20 +171,21 @@ def words(lm, guard, count, length, seed):
     return [lm.decode(chunk.token_ids) for chunk in chunks], [c.log_weight for c in chunks]
 
 
-def test_weighted_chunks_estimate_sums_over_what_is_allowed_without_bias():
+@pytest.mark.parametrize("candidates", [1, 64])
+def test_weighted_chunks_estimate_sums_over_what_is_allowed_without_bias(candidates):
     """Sums of p(chunk) over the allowed ones that begin with each letter, and over all of them."""
-    guard = without("be", lambda text: len(text) != 1, weighted=True)
+    guard = without("be", lambda text: len(text) != 1, weighted=True, candidates=candidates)
     exact = dict.fromkeys(["", "a", "c", "d"], 0.0)
     for ids, probability in TOY.responses(initial(PROMPT, TOY), 3):
         text, ended = TOY.decode(ids), ids[-1] == 0
         if not set("be") & set(text) and not (ended and len(text) == 1):
             exact[text[:1]] += probability
-    texts, logs = words(TOY, guard, 40_000, 3, seed=1)
+    texts, logs = words(TOY, guard, 20_000, 3, seed=1)
     weights = np.exp(logs)
     for letter, probability in exact.items():
         each = weights * [text[:1] == letter for text in texts]
-        assert abs(each.mean() - probability) < 4 * each.std() / 200
-    assert abs(weights.mean() - sum(exact.values())) < 4 * weights.std() / 200
+        assert abs(each.mean() - probability) < 4 * each.std() / np.sqrt(20_000)
+    assert abs(weights.mean() - sum(exact.values())) < 4 * weights.std() / np.sqrt(20_000)
 
 
 def test_resampled_by_weight_they_have_the_law_of_plain_samples_that_are_allowed():
@@ -213,6 +214,18 @@ def test_the_engine_weighs_as_the_toys_do(tiny):
     _, logs = words(lm, without("aeiou", weighted=True), 4_000, 1, seed=0)
     weights = np.exp(logs)
     assert abs(weights.mean() - allowed) < 4 * weights.std() / np.sqrt(4_000)
+
+
+def test_a_dead_end_does_not_check_the_whole_vocabulary(smollm2):
+    """49,152 tokens, none of them allowed: checking all takes half a minute with a real bound."""
+    checked = []
+
+    def allows(states, texts, ended):
+        checked.extend(texts)
+        return [False] * len(texts)
+
+    sampled(smollm2, Guard(allows, weighted=True), 20, 1)
+    assert 20 * 64 <= len(checked) <= 20 * 1000
 
 
 @pytest.mark.parametrize("params", [PLAIN, SamplingParams(0.7, 0.9), SamplingParams(0)])
