@@ -51,7 +51,7 @@ from mbrl_text_env.benchmarks.studies.matched_compute import slug
 from mbrl_text_env.benchmarks.studies.world_model_baselines import Relabelled, correlations, forest
 from mbrl_text_env.benchmarks.studies.world_model_dyna import dyna
 from mbrl_text_env.fitting.report import root_mean_square
-from mbrl_text_env.language_models.base import LanguageModel, stream
+from mbrl_text_env.language_models.base import LanguageModel
 from mbrl_text_env.records import Record
 from mbrl_text_env.rewards import ConstraintsReward, make
 from mbrl_text_env.rewards.adapters import as_reward_model
@@ -138,18 +138,13 @@ class RateSoFar(IncrementDynamics):
 
 
 class Unrelated(IncrementDynamics):
-    """Any record's increments, after counts that have nothing to do with the state."""
+    """Any record's increments, added to the counts of a random prefix instead of the state's."""
 
-    def futures(self, states: Sequence[TextState], *asked: Any, **options: Any) -> Futures:
-        """What permuted prefixes would become."""
-        found = super().futures(states, *asked, **options)
-        others = np.empty((len(states), len(self.names)), np.float32)
-        for i, state in enumerate(states):
-            cut = self._cut(len(state.response_ids))
-            donors = np.flatnonzero(self.lengths_ > cut * self.stride)
-            others[i] = self.table_[stream(0, state, 1).choice(donors), cut]
-        features = found.features - self.varying(states)[:, None] + others[:, None]
-        return replace(found, features=features)
+    def ahead(self, size: int, row: Any, *asked: Any) -> tuple[Any, Any, Any]:
+        """Continue the prefix of a random record that has not ended at this length."""
+        *_, rng = asked
+        other = rng.choice(np.flatnonzero(self.lengths_ > size))
+        return super().ahead(size, self.table_[other, size // self.stride], *asked)
 
 
 INCREMENTS: Mapping[str, tuple[type[IncrementDynamics], dict[str, Any]]] = {

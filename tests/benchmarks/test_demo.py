@@ -70,7 +70,7 @@ def test_the_pace_is_found_once(tmp_path):
         return find_pace(tmp_path, console, DemoConfig()), console.file.getvalue()
 
     pace, shown = found()
-    formats = re.search("product here: (.*?). The", shown.replace("\n", " "))[1].split(", ")
+    formats = re.search("matrix product: (.*?). The", shown.replace("\n", " "))[1].split(", ")
     times = {name: int(time) for name, _, time in (each.partition(" ") for each in formats)}
     assert set(times) == {"float32", "bfloat16", "int8"}
     assert times[pace.dtype] == min(times.values())

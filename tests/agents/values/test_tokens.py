@@ -107,7 +107,7 @@ def test_it_is_kept(tmp_path):
 
 
 def test_what_cannot_be_read_is_refused():
-    with pytest.raises(ValueModelError, match=r"token embeddings can be read.*NGramLM"):
+    with pytest.raises(ValueModelError, match=r"readable token embeddings.*NGramLM"):
         TokenEmbeddingValue(LM).fit(toy_records())
     with pytest.raises(ValueError, match="alphas"):
         TokenEmbeddingValue(TABLE, alphas=())

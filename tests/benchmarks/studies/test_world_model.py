@@ -17,7 +17,8 @@ from tests.benchmarks.studies.tiny_command import Command
 
 
 def test_the_quick_command_goes_on_and_has_all_baselines(tmp_path, monkeypatch):
-    size = study.Size(8, 6, 6, 4, 1, 8, (8,), 40, 16)
+    # Responses are longer than a chunk, so that planners use the values.
+    size = study.Size(8, 6, 6, 4, 1, 8, (8,), 72, 32)
     monkeypatch.setattr(study, "QUICK", size)
     tiny = Command(study.main, tmp_path, {})
     words = ["--quick", "--language-model", str(tiny.model), "--dtype", "float32"]
