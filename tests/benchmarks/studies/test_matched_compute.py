@@ -83,7 +83,7 @@ class TestStudy:
         for cell in cells:
             for row in cell.rows:
                 assert row["usage"]["reward_flops"] == 7.0 * row["usage"]["reward_calls"]
-        with pytest.raises(CompareError, match="unit: expected 'flops' with a price"):
+        with pytest.raises(CompareError, match="unit: expected 'flops' with a reward price"):
             replace(STUDY, reward_price="7tokens")
 
     def test_it_is_resumed(self, tmp_path):
