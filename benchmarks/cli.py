@@ -110,7 +110,7 @@ def compare_command(
     *,
     config: options.CompareConfig = _COMPARE,
     judge: options.RewardOptions,
-    num_prompts: int = option(16, options.COUNT),
+    num_prompts: int = option(16, options.NUM_PROMPTS),
     out: Path = option(Path("comparison"), "Output folder; an existing comparison is resumed."),
     model: options.ModelOptions,
     prompts: options.PromptOptions,
@@ -170,7 +170,7 @@ def collect_command(
     *,
     out: Path = option(..., "Records folder; an existing one is resumed."),
     judge: options.RewardOptions,
-    num_prompts: int = option(48, options.COUNT),
+    num_prompts: int = option(48, options.NUM_PROMPTS),
     samples: int = option(4, "Responses per prompt.", min=1),
     max_response_tokens: int = option(96, options.TOKENS),
     seed: int = option(0, options.SEED),
@@ -290,7 +290,7 @@ def prompts_command(
     source: str = option("builtin", options.PROMPTS_HELP, "--prompts", "--source"),
     split: str = option("all", "train, validation, test, or all."),
     kind: str | None = option(None, "Only prompts of this kind."),
-    limit: int = option(20, options.COUNT),
+    limit: int = option(20, "Maximum number of prompts to list.", min=1),
 ) -> None:
     """List prompts."""
     found = options.load_prompts_option(source, split, kind)
@@ -373,7 +373,7 @@ def search_command(
     agent: str = option("adaptive", "The planner, with its options."),
     judge: options.RewardOptions,
     value: str = option("prefix", options.VALUE),
-    budget_tokens: int = option(400, options.COUNT),
+    budget_tokens: int = option(400, "Tokens that the planner may sample.", min=1),
     max_response_tokens: int = option(96, options.TOKENS),
     seed: int = option(0, options.SEED),
     model: options.ModelOptions,

@@ -70,7 +70,7 @@ SET = typer.Option(
 )
 SEED = typer.Option(min=0, help="Random seed.")
 TOKENS = typer.Option(min=1, help="Maximum number of tokens per response.")
-COUNT = typer.Option(min=1)
+NUM_PROMPTS = typer.Option(min=1, help="Number of prompts.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,7 +247,7 @@ class CompareConfig:
     )
     max_response_tokens: int = option(256, TOKENS)
     seed: int = option(0, SEED)
-    batch_prompts: int = option(32, COUNT)
+    batch_prompts: int = option(32, "Prompts that are answered side by side.", min=1)
     budget_flops: float | None = option(None, "FLOPs that an agent may spend per prompt.")
     budget_seconds: float | None = option(None, "Seconds after which an agent starts no new work.")
     shard: str | None = option(
@@ -338,8 +338,8 @@ class AuditConfig:
 class DemoConfig:
     """Size of the demo; best-of-N is estimated from `pool_samples` responses per prompt."""
 
-    train_prompts: int = option(16, "", min=2)
-    test_prompts: int = option(12, COUNT)
+    train_prompts: int = option(16, "Number of training prompts.", min=2)
+    test_prompts: int = option(12, "Number of test prompts.", min=1)
     budget_tokens: int | None = option(
         None, "Tokens per agent and prompt; default: 4.2 responses.", min=1
     )

@@ -76,7 +76,7 @@ def train_command(
     settings: list[str] | None = option(None, options.SET),
     seed: int = option(0, options.SEED),
     wandb: bool = option(False, "Also log to Weights & Biases.", "--wandb"),
-    num_prompts: int = option(48, options.COUNT),
+    num_prompts: int = option(48, options.NUM_PROMPTS),
     held_out: int = option(
         8, "Number of held-out prompts for evaluation (PPO, DQN and expert iteration only).", min=1
     ),

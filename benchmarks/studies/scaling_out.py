@@ -123,7 +123,7 @@ def driver(comparison: Comparison, row: Row, count: int, each: Each) -> dict[str
 @friendly
 def main(
     json_file: Path | None = option(None, harness.JSON),
-    num_prompts: int = option(64, options.COUNT),
+    num_prompts: int = option(64, options.NUM_PROMPTS),
     rounds: int = option(3, "Rounds; each measures both ways.", min=1),
     many: int = option(20000, "Prompts for the driver measurement.", min=32),
 ) -> None:

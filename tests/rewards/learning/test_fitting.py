@@ -171,7 +171,7 @@ class TestFit:
             ([], {}, "got none"),
             (pairs_of(["a"], ["b"])[:1] * 50, {}, "at least 5 different prompts.*got 1 in 50"),
             (records_of(len, topics=TOPICS[:1]), {"objective": "regression"}, "got 1 in 4 rows"),
-            (pairs_of(["a"], ["b"]), {"objective": "regression"}, "requires scored records.*got Pref"),
+            (pairs_of(["a"], ["b"]), {"objective": "regression"}, "requires scored.*got Pref"),
             (records_of(len), {}, "requires preference pairs.*got Records.*pairs_from_records"),
             (pairs_of(["a"], ["b"]), {"objective": "dpo"}, "objective: expected one of"),
             (pairs_of(["a"], ["b"]), {"held_out": 1.5}, "held_out: expected a number"),
