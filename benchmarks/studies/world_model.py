@@ -117,7 +117,7 @@ class Size:
     max_response_tokens: int = 96
 
 
-QUICK = Size(48, 2, 12, 8, sets=1, relabelled=30)
+QUICK = Size(32, 2, 8, 8, sets=1, relabelled=30)
 
 
 class Instructions(ConstraintsReward):
@@ -490,7 +490,7 @@ def main(
     parts: str = option(",".join(PARTS), "Parts, with commas."),
     planners: str = option(",".join(PLANNERS), "Agents of `planning`, with commas."),
     sets: int | None = option(None, "How often constraints are drawn anew.", min=1),
-    quick: bool = option(False, "12 prompts, one set of constraints, no `expensive`, no `dyna`."),
+    quick: bool = option(False, "8 prompts, one set of constraints, no `expensive`, no `dyna`."),
 ) -> None:
     """Measure what imagined endings buy."""
     names = [name.strip() for name in parts.split(",") if not (quick and name in _LONG)]
