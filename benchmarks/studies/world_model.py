@@ -117,7 +117,7 @@ class Size:
     max_response_tokens: int = 96
 
 
-QUICK = Size(32, 2, 8, 8, sets=1, relabelled=30)
+QUICK = Size(32, 2, 8, 8, sets=1, relabelled=30, budget=288)
 
 
 class Instructions(ConstraintsReward):
